@@ -1,0 +1,51 @@
+# Two commands matter: `make demo` and `make test`. Both make .venv, install what they need once, and work without
+# network from then on.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+MODEL := gsa_jax/assets/story-neo
+# Exactly one version of PyTorch, so that a CPU build already at hand is taken instead of gigabytes of CUDA.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test lint wheel-test clean
+
+demo: $(VENV)/.demo
+	rm -rf $(DEMO)
+	$(BIN)/gsa convert $(MODEL) $(DEMO)/checkpoint --num-splats 2
+	$(BIN)/gsa verify $(MODEL) $(DEMO)/checkpoint --text tests/data/stories.txt
+	$(BIN)/gsa generate $(DEMO)/checkpoint --prompt "Once upon a time" --temperature 0.7 --top-p 0.9 --seed 4 --stream
+
+test: $(VENV)/.test
+	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache $(BIN)/python -m pytest -n 2 --strict-run
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typecheck
+	# A plain copy, because a type checker cannot follow the editable install to convert/ and train/.
+	$(BIN)/pip install --quiet --no-deps --target build/typecheck .
+	$(BIN)/basedpyright
+
+wheel-test: $(VENV)/.test
+	bash .ci/wheel-test
+
+clean:
+	rm -rf build dist .jax_cache *.egg-info
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install $(TORCH)
+	$(BIN)/pip install --editable .
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install $(TORCH)
+	$(BIN)/pip install --editable '.[test]'
+	# transformers 5 lives beside the pinned 4.57, for the tests that load an export with it.
+	rm -rf $(VENV)/transformers5
+	$(BIN)/pip install --target $(VENV)/transformers5 'transformers>=5,<6'
+	touch $@ $(VENV)/.demo

@@ -1,0 +1,11 @@
+"""Conversion between PyTorch GPT-Neo folders and checkpoint folders; installed as `gsa_jax.convert`.
+
+reader.py    formats of weight files          names.py     which tensor is which parameter
+importer.py  PyTorch -> checkpoint            exporter.py  checkpoint -> Hugging Face folder
+verify.py    both models, side by side
+"""
+
+from gsa_jax.convert.exporter import ExportReport, export
+from gsa_jax.convert.importer import ConversionReport, convert
+
+__all__ = ["ConversionReport", "ExportReport", "convert", "export"]

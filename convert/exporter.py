@@ -1,0 +1,70 @@
+"""Checkpoint folder -> Hugging Face folder.
+
+May be changed here: what an export holds. Names are the business of `gsa_jax.convert.names`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from gsa_jax.convert.names import export_names
+from safetensors.numpy import save_file
+
+from gsa_jax.checkpoint import CONFIG_FILE, REPORT_FILE, TOKENIZER_FILES, load_tensors
+from gsa_jax.errors import InputError
+from gsa_jax.files import new_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote: tensors, their bytes, and the dialect of the splats' names (`"none"` without any)."""
+
+    tensors: int
+    bytes: int
+    dialect: str
+
+
+def export(checkpoint: str | Path, out: str | Path) -> ExportReport:
+    """Writes a folder that `transformers` 4 and 5 load, every tensor bit for bit; all or nothing.
+
+    Splats go under the names of the dialect that they were imported from, or `gsa_splat_centers` and
+    `gsa_splat_log_scales`; `transformers` reports them as unused.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or the output cannot be written.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    config, tensors = load_tensors(checkpoint)
+    dialect = _dialect(checkpoint)
+    names = export_names(list(tensors), dialect)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    dtypes = [str(tensor.dtype) for tensor in tensors.values()]
+    # transformers 4 reads `torch_dtype`, 5 prefers `dtype` and still knows the old name.
+    values = config.to_hf() | {"torch_dtype": max(set(dtypes), key=dtypes.count)}
+    with new_folder(out, needed_bytes=total) as staging:
+        exported = {names[name]: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        save_file(exported, staging / "model.safetensors", metadata={"format": "pt"})
+        (staging / "model.safetensors").chmod(0o644)  # the writer makes it private
+        for name in TOKENIZER_FILES:
+            if (checkpoint / name).is_file():
+                shutil.copyfile(checkpoint / name, staging / name)
+        (staging / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return ExportReport(
+        tensors=len(tensors),
+        bytes=total,
+        dialect="none" if config.splats is None else "gsa" if dialect == "plain" else dialect,
+    )
+
+
+def _dialect(checkpoint: Path) -> str:
+    file = checkpoint / REPORT_FILE
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["dialect"]
+    except FileNotFoundError:
+        return "plain"  # a checkpoint that did not come out of a conversion
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: damaged ({error})") from None

@@ -1,0 +1,203 @@
+"""PyTorch folder -> checkpoint folder.
+
+May be changed here: the order of steps, what is checked on each tensor, and what the report says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gsa_jax.convert.names import Plan, plan
+from gsa_jax.convert.reader import Source, SourceTensor, open_source
+
+from gsa_jax.checkpoint import REPORT_FILE, TOKENIZER_FILES, save_tensors
+from gsa_jax.config import GPTNeoConfig, SplatConfig
+from gsa_jax.errors import InputError
+from gsa_jax.files import new_folder
+from gsa_jax.splats import init_splats
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+Progress = Callable[[Iterable[str]], Iterable[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        source: as the user named it.
+        dialect: of the source's splat names, `"plain"` if it has none.
+        tensors: in the checkpoint, splats included.
+        parameters: in the checkpoint.
+        bytes: of the checkpoint's tensors.
+        dtypes: of the checkpoint's tensors -> how many.
+        splats: `"imported"`, `"attached"` or `"none"`.
+        splat_parameters: how many parameters the splats have.
+        tokenizer: files copied.
+        ignored: name in the source -> why it was left behind.
+    """
+
+    source: str
+    dialect: str
+    tensors: int
+    parameters: int
+    bytes: int
+    dtypes: dict[str, int]
+    splats: str
+    splat_parameters: int
+    tokenizer: list[str]
+    ignored: dict[str, str]
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    num_splats: int | None = None,
+    dtype: str | None = None,
+    allow_nonfinite: bool = False,
+    progress: Progress = iter,
+) -> ConversionReport:
+    """Converts a PyTorch GPT-Neo into a checkpoint folder; all or nothing.
+
+    Tensors are read one by one; memory peaks at the output plus the largest tensor.
+
+    Args:
+        source: a Hugging Face folder, or a hub id.
+        out: the checkpoint folder to make; must not exist.
+        num_splats: splats per head to attach to a source that has none; they start at random (seed 0).
+        dtype: of the parameters; as the source stores them if None.
+        allow_nonfinite: accept NaN and infinite weights.
+        progress: wraps the names of the tensors while they are read.
+
+    Raises:
+        InputError: the source cannot be used, or the output cannot be written. Nothing is left behind.
+    """
+    out = Path(out)
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out} exists already; choose another output folder or remove it first")
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
+    opened = open_source(source)
+    try:
+        planned = plan(opened.config, {name: tensor.shape for name, tensor in opened.tensors.items()})
+    except InputError as error:
+        files = {tensor.file for tensor in opened.tensors.values()}
+        raise InputError(f"{files.pop() if len(files) == 1 else opened.folder}: {error}") from None
+    _check_dtypes(opened, planned)
+    config, attached = _attach(planned.config, num_splats, dtype or _common_dtype(opened, planned))
+    needed = sum(
+        opened.tensors[name].nbytes if dtype is None else _size(opened.tensors[name], dtype)
+        for name in planned.sources.values()
+    )
+    with new_folder(out, needed_bytes=needed) as staging:
+        tensors = dict(_read(opened, planned, dtype, allow_nonfinite, progress)) | attached
+        tokenizer = [name for name in TOKENIZER_FILES if (opened.folder / name).is_file()]
+        for name in tokenizer:
+            shutil.copyfile(opened.folder / name, staging / name)
+        report = _report(str(source), planned, tensors, attached, tokenizer)
+        (staging / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
+        save_tensors(staging, config, tensors)
+    return report
+
+
+def read_tensors(source: Source, planned: Plan) -> dict[str, np.ndarray]:
+    """Every parameter that the source provides, by our name, as stored."""
+    return dict(_read(source, planned, None, True, iter))
+
+
+def _read(
+    opened: Source, planned: Plan, dtype: str | None, allow_nonfinite: bool, progress: Progress
+) -> Iterator[tuple[str, np.ndarray]]:
+    nonfinite: list[str] = []
+    for name in progress(list(planned.sources)):
+        source_name = planned.sources[name]
+        tensor = opened.tensors[source_name]
+        array = tensor.read()
+        if planned.tied_head is not None and name == "transformer.wte.weight":
+            _check_tied(tensor, opened.tensors[planned.tied_head], array, planned.tied_head)
+        if dtype is not None:
+            with np.errstate(over="ignore"):
+                array = array.astype(jnp.dtype(dtype))
+        if not allow_nonfinite and not np.isfinite(array).all():
+            nonfinite.append(f"{tensor.file}: {source_name} {list(tensor.shape)}")
+        yield name, array
+    if nonfinite:
+        narrowed = f" (after narrowing to {dtype})" if dtype is not None else ""
+        raise InputError(
+            f"{len(nonfinite)} tensors hold NaN or infinite weights{narrowed}: {'; '.join(nonfinite)}; "
+            "pass --allow-nonfinite to convert them all the same"
+        )
+
+
+def _check_tied(embedding: SourceTensor, head: SourceTensor, array: np.ndarray, head_name: str) -> None:
+    if head.shape != embedding.shape or not np.array_equal(head.read(), array, equal_nan=True):
+        raise InputError(
+            f"{head.file}: {head_name} {list(head.shape)} differs from the token embedding {list(embedding.shape)}; "
+            "a GPT-Neo with an output head of its own is not supported"
+        )
+
+
+def _check_dtypes(opened: Source, planned: Plan) -> None:
+    odd = [
+        f"{opened.tensors[name].file}: {name} is {opened.tensors[name].dtype}"
+        for name in planned.sources.values()
+        if opened.tensors[name].dtype not in DTYPES
+    ]
+    if odd:
+        raise InputError(f"{len(odd)} tensors are not {', '.join(DTYPES)}: {'; '.join(odd)}")
+
+
+def _common_dtype(opened: Source, planned: Plan) -> str:
+    """The dtype that most parameters have, for the splats that are added to them."""
+    dtypes = [opened.tensors[name].dtype for name in planned.sources.values()]
+    return max(DTYPES, key=dtypes.count)
+
+
+def _size(tensor: SourceTensor, dtype: str) -> int:
+    return int(np.prod(tensor.shape, dtype=np.int64)) * jnp.dtype(dtype).itemsize
+
+
+def _attach(config: GPTNeoConfig, num_splats: int | None, dtype: str) -> tuple[GPTNeoConfig, dict[str, np.ndarray]]:
+    """Adds new splats to a configuration without any: the configuration, and the parameters it gained."""
+    if num_splats is None:
+        return config, {}
+    if config.splats is not None:
+        raise InputError(
+            f"--num-splats {num_splats}: the source carries {config.splats.num_splats} splats per head already; "
+            "leave the option out to import them"
+        )
+    config = dataclasses.replace(config, splats=SplatConfig(num_splats=num_splats))
+    tensors = {}
+    for layer, key in enumerate(jax.random.split(jax.random.key(0), config.num_layers)):
+        centers, log_scales = init_splats(key, config, jnp.dtype(dtype))
+        prefix = f"transformer.h.{layer}.attn.attention"
+        tensors[f"{prefix}.splat_centers"] = np.asarray(centers)
+        tensors[f"{prefix}.splat_log_scales"] = np.asarray(log_scales)
+    return config, tensors
+
+
+def _report(
+    source: str, planned: Plan, tensors: dict[str, np.ndarray], attached: dict[str, np.ndarray], tokenizer: list[str]
+) -> ConversionReport:
+    dtypes = [str(tensor.dtype) for tensor in tensors.values()]
+    return ConversionReport(
+        source=source,
+        dialect=planned.dialect,
+        tensors=len(tensors),
+        parameters=sum(tensor.size for tensor in tensors.values()),
+        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        dtypes={dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))},
+        splats="attached" if attached else "imported" if planned.config.splats is not None else "none",
+        splat_parameters=sum(tensor.size for name, tensor in tensors.items() if ".splat_" in name),
+        tokenizer=tokenizer,
+        ignored=planned.ignored,
+    )

@@ -1,0 +1,153 @@
+"""Which tensor of a PyTorch checkpoint is which parameter, and which is none.
+
+May be changed here: wrappers that are stripped, buffers that are ignored, and the dialects of splat names. Everything
+else has one name on both sides (`gsa_jax.checkpoint` says which). Pure functions of names and shapes; no file is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from gsa_jax.checkpoint import expected_shapes, shape_problems
+from gsa_jax.config import GPTNeoConfig, SplatConfig
+from gsa_jax.errors import InputError
+
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+"""Prefixes that DataParallel, `torch.compile` and trainers put before every name."""
+
+_BASE_PREFIX = "transformer."
+_WTE = "transformer.wte.weight"
+LM_HEAD = "lm_head.weight"
+
+_IN_ATTENTION = re.compile(r"transformer\.h\.(\d+)\.attn\.attention\.(\w+)")
+
+_MASK_BUFFERS = ("bias", "masked_bias")
+
+_SPLAT_LEAVES = {
+    "unused_gsa_splat_centers": "splat_centers",
+    "unused_gsa_splat_scales": "splat_log_scales",
+    "gsa_splat_centers": "splat_centers",
+    "gsa_splat_log_scales": "splat_log_scales",
+}
+
+_NO_MEANING_HERE = {
+    "gsa_mix_weight": "exact and splat attention are not mixed here",
+    "gsa_strength": "exact and splat attention are not mixed here",
+    "gsa_splat_amplitudes": "splats have no amplitude here",
+    "temperature": "scores have no temperature here",
+    "position_scale_factor": "splats do not depend on positions here",
+    "long_range_boost": "splats do not depend on positions here",
+}
+
+EXPORT_LEAVES = {
+    "unused": {"splat_centers": "unused_gsa_splat_centers", "splat_log_scales": "unused_gsa_splat_scales"},
+    "gsa": {"splat_centers": "gsa_splat_centers", "splat_log_scales": "gsa_splat_log_scales"},
+}
+"""Dialect -> our leaf -> the prototype's leaf, for export."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a source checkpoint becomes a model.
+
+    Attributes:
+        config: of the model, with the splats that the source carries.
+        sources: our name -> name in the source, for every parameter that the source provides.
+        dialect: `"plain"` without splats, else a key of `EXPORT_LEAVES`; `"gsa"` covers its extensions as well.
+        ignored: name in the source -> why it is left behind.
+        tied_head: name in the source of an output head that must equal the token embedding, if there is one.
+    """
+
+    config: GPTNeoConfig
+    sources: dict[str, str]
+    dialect: str
+    ignored: dict[str, str]
+    tied_head: str | None
+
+
+def plan(config: GPTNeoConfig, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
+    """Assigns every source tensor a parameter or a reason to ignore it.
+
+    Args:
+        config: from the source's `config.json`.
+        shapes: name -> shape of every tensor in the source.
+
+    Raises:
+        InputError: tensors are missing, unexpected or of a wrong shape; all of them are listed, by source name.
+    """
+    names = _canonical_names(shapes)
+    ignored: dict[str, str] = {}
+    sources: dict[str, str] = {}
+    splat_leaves: set[str] = set()
+    for name, source in names.items():
+        match = _IN_ATTENTION.fullmatch(name)
+        leaf = match[2] if match else ""
+        if leaf in _MASK_BUFFERS:
+            ignored[source] = "mask buffer of old transformers versions; masks are computed"
+        elif leaf in _NO_MEANING_HERE:
+            ignored[source] = _NO_MEANING_HERE[leaf]
+        elif leaf in _SPLAT_LEAVES:
+            splat_leaves.add(leaf)
+            _add(sources, name.removesuffix(leaf) + _SPLAT_LEAVES[leaf], source)
+        else:
+            _add(sources, name, source)
+
+    tied_head = sources.pop(LM_HEAD, None)
+    if tied_head is not None:
+        if _WTE in sources:
+            ignored[tied_head] = "tied to the token embedding, and equal to it"
+        else:
+            # safetensors keeps one of two tied tensors, and some writers keep this one.
+            sources[_WTE], tied_head = tied_head, None
+
+    config = _with_splats(config, {name: shapes[source] for name, source in sources.items()})
+    found = {name: tuple(shapes[source]) for name, source in sources.items()}
+    problems = shape_problems(expected_shapes(config), found, labels=sources)
+    if problems:
+        raise InputError(f"{len(problems)} tensors do not fit the config.json: " + "; ".join(problems))
+    dialect = "plain"
+    if splat_leaves:
+        dialect = "unused" if any(leaf.startswith("unused_") for leaf in splat_leaves) else "gsa"
+    return Plan(config, sources, dialect, ignored, tied_head)
+
+
+def export_names(names: list[str], dialect: str) -> dict[str, str]:
+    """Our name -> name in an exported Hugging Face folder; splats without a dialect of their own go as `"gsa"`."""
+    leaves = EXPORT_LEAVES["gsa" if dialect == "plain" else dialect]
+
+    def exported(name: str) -> str:
+        prefix, _, leaf = name.rpartition(".")
+        return f"{prefix}.{leaves.get(leaf, leaf)}"
+
+    return {name: exported(name) for name in names}
+
+
+def _canonical_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Hugging Face's full name -> name in the source."""
+    names: dict[str, str] = {}
+    for source in shapes:
+        name = source
+        while (wrapper := next((w for w in _WRAPPERS if name.startswith(w)), None)) is not None:
+            name = name.removeprefix(wrapper)
+        _add(names, name, source)
+    if not any(name.startswith(_BASE_PREFIX) for name in names):
+        # A base model (GPTNeoModel) was saved, without a head around it.
+        names = {name if name == LM_HEAD else _BASE_PREFIX + name: source for name, source in names.items()}
+    return names
+
+
+def _add(names: dict[str, str], name: str, source: str) -> None:
+    if name in names:
+        raise InputError(f"{names[name]} and {source} are both {name}; the checkpoint holds two models or is damaged")
+    names[name] = source
+
+
+def _with_splats(config: GPTNeoConfig, shapes: Mapping[str, tuple[int, ...]]) -> GPTNeoConfig:
+    centers = next((shape for name, shape in shapes.items() if name.endswith(".splat_centers")), None)
+    if centers is None or config.splats is not None:
+        return config
+    if len(centers) != 3 or not centers[1]:
+        raise InputError(f"splat centres have shape {list(centers)}, expected [num_heads, num_splats, head_dim]")
+    return dataclasses.replace(config, splats=SplatConfig(num_splats=centers[1]))

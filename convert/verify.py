@@ -1,0 +1,203 @@
+"""Does a checkpoint compute what its PyTorch source computes?
+
+May be changed here: what is compared, and how close is close enough. Both models run in float32; the oracle is
+`transformers`, reading the source folder by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from gsa_jax.convert.importer import read_tensors
+from gsa_jax.convert.names import plan
+from gsa_jax.convert.reader import Source, open_source
+from gsa_jax.train.loss import mean_next_token_loss
+
+from gsa_jax.checkpoint import build_model, load_tensors, load_tokenizer
+from gsa_jax.config import GPTNeoConfig
+from gsa_jax.errors import InputError
+
+_TOLERANCE = 1e-4
+"""Relative RMS between two float32 computations with the same weights; rounding alone stays far below."""
+
+_NARROWED_TOLERANCE = {"bfloat16": 5e-2, "float16": 5e-3}
+"""The same when the checkpoint stores its weights in fewer bits than the source."""
+
+_RANDOM_TOKENS = 128
+_TEXT_WINDOW = 512
+_MAX_TEXT_WINDOWS = 8
+
+Oracle = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Logits of the checkpoint against those of one oracle on one input.
+
+    Attributes:
+        oracle: what the checkpoint was compared with.
+        inputs: `"random ids"` or the text file.
+        tokens: compared, padding left out.
+        max_abs: largest difference of a logit.
+        relative_rms: RMS of the difference over the RMS of the oracle's logits, each position's mean taken off both,
+            since softmax does not see it.
+        top1_agreement: share of positions where both prefer the same token.
+        loss: mean next-token cross-entropy of the checkpoint, nats.
+        oracle_loss: that of the oracle.
+        tolerance: `relative_rms` up to which the two agree.
+    """
+
+    oracle: str
+    inputs: str
+    tokens: int
+    max_abs: float
+    relative_rms: float
+    top1_agreement: float
+    loss: float
+    oracle_loss: float
+    tolerance: float
+
+    @property
+    def agrees(self) -> bool:
+        return bool(np.isfinite(self.relative_rms)) and self.relative_rms <= self.tolerance
+
+
+def verify(source: str | Path, checkpoint: str | Path, *, text: Path | None = None) -> list[Comparison]:
+    """Compares a checkpoint's logits with Hugging Face PyTorch's and, if it is installed, Hugging Face Flax's.
+
+    Args:
+        source: the Hugging Face folder, or hub id, that the checkpoint was converted from.
+        checkpoint: the checkpoint folder.
+        text: a UTF-8 file to compare on, besides random ids; at most its first 4,096 tokens are used.
+
+    Raises:
+        InputError: PyTorch is not installed, a folder or the text cannot be used, or the two have different shapes.
+    """
+    opened = open_source(source)
+    config, tensors = load_tensors(checkpoint)
+    planned = plan(opened.config, {name: tensor.shape for name, tensor in opened.tensors.items()})
+    if dataclasses.replace(planned.config, splats=config.splats) != config:
+        raise InputError(f"{checkpoint}: has another configuration than {opened.folder}; was it converted from there?")
+    inputs = [("random ids", *_random_ids(config))]
+    if text is not None:
+        inputs.append((text.name, *_text_ids(text, config, checkpoint)))
+    tolerance = _tolerance(
+        {opened.tensors[name].dtype for name in planned.sources.values()},
+        {str(tensor.dtype) for tensor in tensors.values()},
+    )
+    graphdef, params = nnx.split(build_model(config, tensors, param_dtype=jnp.float32))
+    forward = jax.jit(lambda params, ids, mask: nnx.merge(graphdef, params)(ids, mask))
+    comparisons = []
+    for name, oracle in _oracles(opened, read_tensors(opened, planned)):
+        for label, ids, mask in inputs:
+            ours = np.asarray(forward(params, ids, mask))
+            comparisons.append(_compare(name, label, tolerance, ids, mask, ours, oracle(ids, mask)))
+    return comparisons
+
+
+def _compare(
+    name: str, label: str, tolerance: float, ids: np.ndarray, mask: np.ndarray, ours: np.ndarray, theirs: np.ndarray
+) -> Comparison:
+    real, reference = ours[mask].astype(np.float64), theirs[mask].astype(np.float64)
+    difference = real - reference
+    centred = reference - reference.mean(axis=-1, keepdims=True)
+    centred_difference = difference - difference.mean(axis=-1, keepdims=True)
+    scale = np.sqrt(np.mean(centred**2))
+    return Comparison(
+        oracle=name,
+        inputs=label,
+        tokens=int(mask.sum()),
+        max_abs=float(np.abs(difference).max()),
+        relative_rms=float(np.sqrt(np.mean(centred_difference**2)) / scale),
+        top1_agreement=float(np.mean(real.argmax(-1) == reference.argmax(-1))),
+        loss=float(mean_next_token_loss(jnp.asarray(ours), jnp.asarray(ids), jnp.asarray(mask))),
+        oracle_loss=float(mean_next_token_loss(jnp.asarray(theirs), jnp.asarray(ids), jnp.asarray(mask))),
+        tolerance=tolerance,
+    )
+
+
+def _tolerance(source_dtypes: set[str], checkpoint_dtypes: set[str]) -> float:
+    narrowed = checkpoint_dtypes - source_dtypes
+    return max([_NARROWED_TOLERANCE.get(dtype, _TOLERANCE) for dtype in narrowed], default=_TOLERANCE)
+
+
+def _random_ids(config: GPTNeoConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Two rows, the second one padded on the left."""
+    length = min(_RANDOM_TOKENS, config.max_position_embeddings)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, length), dtype=np.int32)
+    mask = np.ones(ids.shape, bool)
+    mask[1, : length // 3] = False
+    return ids, mask
+
+
+def _text_ids(text: Path, config: GPTNeoConfig, checkpoint: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{text}: cannot be read as UTF-8 text ({error})") from None
+    tokens = load_tokenizer(checkpoint)(content)["input_ids"]
+    if len(tokens) < 2:
+        raise InputError(f"{text}: holds {len(tokens)} tokens; at least 2 are needed")
+    if max(tokens) >= config.vocab_size:
+        raise InputError(
+            f"{text}: token id {max(tokens)} is outside of the vocabulary of {config.vocab_size}; "
+            "does the tokenizer belong to this model?"
+        )
+    window = min(_TEXT_WINDOW, config.max_position_embeddings, len(tokens))
+    count = min(len(tokens) // window, _MAX_TEXT_WINDOWS)
+    ids = np.asarray(tokens[: count * window], np.int32).reshape(count, window)
+    return ids, np.ones(ids.shape, bool)
+
+
+def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[str, Oracle]]:
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        raise InputError("gsa verify runs the PyTorch model; install it with: pip install 'gsa-jax[torch]'") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model, info = transformers.GPTNeoForCausalLM.from_pretrained(source.folder, output_loading_info=True)
+    reads = "its own reading"
+    if info["missing_keys"]:
+        # transformers starts tensors that it does not recognise at random. It does so with names behind a wrapper
+        # (`module.`), which only our key table knows.
+        own = {name: torch.tensor(np.asarray(t, np.float32)) for name, t in tensors.items() if ".splat_" not in name}
+        model = transformers.GPTNeoForCausalLM(model.config)
+        model.load_state_dict({**own, "lm_head.weight": own["transformer.wte.weight"]}, strict=True)
+        reads = "weights by our names"
+    model = model.float().eval()
+
+    def run_torch(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+        with torch.no_grad():
+            output = model(
+                torch.from_numpy(ids).long(),
+                attention_mask=torch.from_numpy(mask).long(),
+                position_ids=torch.from_numpy(positions).long(),
+            )
+        return output.logits.numpy()
+
+    yield f"PyTorch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, {reads}", run_torch
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return  # Flax models are gone from there
+    flax_module = importlib.import_module("transformers.models.gpt_neo.modeling_flax_gpt_neo")
+    convert_state = importlib.import_module(
+        "transformers.modeling_flax_pytorch_utils"
+    ).convert_pytorch_state_dict_to_flax
+    flax_model = flax_module.FlaxGPTNeoForCausalLM(model.config, _do_init=False)
+    flax_params = convert_state(model.state_dict(), flax_module.FlaxGPTNeoForCausalLM(model.config))
+
+    def run_flax(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+        output = flax_model(ids, attention_mask=mask.astype(np.int32), position_ids=positions, params=flax_params)
+        return np.asarray(output.logits)
+
+    yield f"Flax, transformers {transformers.__version__}, {reads}", run_flax

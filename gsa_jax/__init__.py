@@ -1,0 +1,1 @@
+"""GPT-Neo in JAX/Flax, with attention through Gaussian splats."""

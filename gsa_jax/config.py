@@ -1,0 +1,199 @@
+"""Configurations of the model, as frozen dataclasses that mirror Hugging Face's field names.
+
+May be changed here: which fields exist, how they are checked, and how they map from and to a Hugging Face
+`config.json`. Nothing here touches arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gsa_jax.errors import InputError
+
+ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish")
+"""Names of Hugging Face activations that `gsa_jax.model` implements."""
+
+ATTENTION_KINDS = ("global", "local")
+
+
+def _require_int(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise InputError(f"{name} = {value!r}: must be a whole number >= {minimum}")
+
+
+def _require_probability(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise InputError(f"{name} = {value!r}: must be a probability in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplatConfig:
+    """Gaussian splats of every attention layer.
+
+    Attributes:
+        num_splats: splats per head, S >= 1.
+        window: tokens that attend exactly, W; `None` is an infinite window, i.e. plain softmax attention with the
+            splats attached and unused.
+    """
+
+    num_splats: int
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_int("num_splats", self.num_splats, 1)
+        if self.window is not None:
+            _require_int("window", self.window, 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPTNeoConfig:
+    """Shape of a GPT-Neo, with the fields and defaults of `transformers.GPTNeoConfig`.
+
+    Dropout probabilities are carried so that an export keeps them; a forward pass here never drops anything.
+
+    Attributes:
+        attention_types: pairs `(pattern, repeats)`; `((("global", "local"), 12),)` is 24 alternating layers.
+        window_size: tokens seen by a local layer, its own included.
+        intermediate_size: width of the MLP; `None` means `4 * hidden_size`.
+        splats: splats attached to the attention, or `None` for the plain model.
+
+    Raises:
+        InputError: a field is out of range, or fields contradict one another.
+    """
+
+    vocab_size: int = 50257
+    max_position_embeddings: int = 2048
+    hidden_size: int = 2048
+    num_layers: int = 24
+    attention_types: tuple[tuple[tuple[str, ...], int], ...] = ((("global", "local"), 12),)
+    num_heads: int = 16
+    intermediate_size: int | None = None
+    window_size: int = 256
+    activation_function: str = "gelu_new"
+    resid_dropout: float = 0.0
+    embed_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 50256
+    eos_token_id: int | None = 50256
+    splats: SplatConfig | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attention_types", _freeze_attention_types(self.attention_types))
+        for name in (
+            "vocab_size",
+            "max_position_embeddings",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "window_size",
+        ):
+            _require_int(name, getattr(self, name), 1)
+        if self.intermediate_size is not None:
+            _require_int("intermediate_size", self.intermediate_size, 1)
+        for name in ("resid_dropout", "embed_dropout", "attention_dropout"):
+            _require_probability(name, getattr(self, name))
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise InputError(f"{name} = {value!r}: must be a number")
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{name} = {value!r}: must be finite and >= 0")
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or not 0 <= value < self.vocab_size):
+                raise InputError(f"{name} = {value!r}: not in the vocabulary of {self.vocab_size} tokens")
+        if self.hidden_size % self.num_heads:
+            raise InputError(f"num_heads = {self.num_heads} does not divide hidden_size = {self.hidden_size}")
+        if self.activation_function not in ACTIVATIONS:
+            raise InputError(
+                f"activation_function = {self.activation_function!r} is unknown; known: {', '.join(ACTIVATIONS)}"
+            )
+        layers = self.attention_layers
+        for kind in layers:
+            if kind not in ATTENTION_KINDS:
+                raise InputError(f"attention_types names {kind!r}; known: {', '.join(ATTENTION_KINDS)}")
+        if len(layers) != self.num_layers:
+            raise InputError(f"attention_types describes {len(layers)} layers, num_layers = {self.num_layers}")
+
+    @property
+    def attention_layers(self) -> tuple[str, ...]:
+        """`"global"` or `"local"` for each layer."""
+        return tuple(kind for pattern, repeats in self.attention_types for _ in range(repeats) for kind in pattern)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return 4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> GPTNeoConfig:
+        """Reads a Hugging Face configuration: a `transformers` config object or the dict of its `config.json`.
+
+        A key `splats` written by `to_hf` is read back. Raises `InputError` if the configuration describes something
+        that this model is not (another `model_type`, an untied head, contradictory attention lists).
+        """
+        values: Mapping[str, Any] = hf if isinstance(hf, Mapping) else hf.to_dict()
+        model_type = values.get("model_type", "gpt_neo")
+        if model_type != "gpt_neo":
+            raise InputError(f"model_type = {model_type!r}: only 'gpt_neo' models are supported")
+        if values.get("tie_word_embeddings", True) is False:
+            raise InputError("tie_word_embeddings = false: an output head of its own is not supported")
+        splats = values.get("splats")
+        if splats is not None and not isinstance(splats, SplatConfig):
+            try:
+                splats = SplatConfig(**splats)
+            except TypeError as error:
+                raise InputError(f"splats = {splats!r}: {error}") from None
+        own = {field.name for field in dataclasses.fields(cls)} - {"splats"}
+        config = cls(splats=splats, **{name: value for name, value in values.items() if name in own})
+        listed = values.get("attention_layers")
+        if listed is not None and tuple(listed) != config.attention_layers:
+            raise InputError(f"attention_layers = {list(listed)} contradicts attention_types")
+        return config
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dict for a `config.json` that `transformers` 4 and 5 read as a `GPTNeoConfig`."""
+        values = dataclasses.asdict(self)
+        values["attention_types"] = [[list(pattern), repeats] for pattern, repeats in self.attention_types]
+        values["attention_layers"] = list(self.attention_layers)
+        if self.splats is None:
+            del values["splats"]
+        return {"architectures": ["GPTNeoForCausalLM"], "model_type": "gpt_neo", **values}
+
+
+def read_config(path: Path) -> GPTNeoConfig:
+    """Reads a `config.json`. Raises `InputError`, naming the file, if it is missing or cannot be used."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; a model folder needs a config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise InputError(f"{path}: no model_type in it; expected the config.json of a GPT-Neo")
+    try:
+        return GPTNeoConfig.from_hf(values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _freeze_attention_types(value: Any) -> tuple[tuple[tuple[str, ...], int], ...]:
+    try:
+        frozen = tuple((tuple(pattern), repeats) for pattern, repeats in value)
+    except (TypeError, ValueError):
+        raise InputError(f"attention_types = {value!r}: expected pairs [[kinds...], repeats]") from None
+    for pattern, repeats in frozen:
+        if not all(isinstance(kind, str) for kind in pattern):
+            raise InputError(f"attention_types = {value!r}: kinds must be names")
+        _require_int("attention_types repeats", repeats, 1)
+    return frozen

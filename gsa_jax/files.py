@@ -1,0 +1,54 @@
+"""Output folders and files that are either whole or absent.
+
+May be changed here: how a result is staged and what a full disk says. Everything that writes for a user goes through
+`new_folder`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from gsa_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
+    """Gives a staging folder beside `out` that becomes `out` if the block succeeds and vanishes if it does not.
+
+    Raises:
+        InputError: `out` exists, its parent cannot be written, or the disk holds less than `needed_bytes`, before or
+            while the block runs.
+    """
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out} exists already; choose another output folder or remove it first")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < needed_bytes:
+            raise InputError(f"{out}: the disk is full: {needed_bytes:,} bytes needed, {free:,} free")
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise InputError(f"{out}: cannot be created ({error.strerror})") from None
+    try:
+        yield staging
+        staging.chmod(0o755)  # mkdtemp makes folders that only their owner may read
+        os.rename(staging, out)
+    except Exception as error:
+        if is_disk_full(error):
+            raise InputError(f"{out}: the disk is full; nothing was written") from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether this is a full disk, told by the operating system or, in words only, by TensorStore under Orbax."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left on device" in str(error)

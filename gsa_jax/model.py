@@ -1,0 +1,242 @@
+"""GPT-Neo in Flax NNX. Read this first.
+
+The tree of modules and the names of its leaves are Hugging Face's (`transformer.h.0.attn.attention.q_proj.weight`),
+so whoever knows `transformers` v4.57 `modeling_gpt_neo.py` knows this file. May be changed here: the blocks and how they
+are put together. Attention is in `gsa_jax.attention`, generation in `gsa_jax.generate`.
+
+Parameters have `param_dtype`, computation has `dtype`; attention scores, softmax, statistics of the layer norms and
+logits are float32 always.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from gsa_jax.attention import GPTNeoAttention
+from gsa_jax.cache import Cache, LayerCache, init_cache
+from gsa_jax.config import GPTNeoConfig
+from gsa_jax.layers import ACTIVATION_FUNCTIONS, Linear
+from gsa_jax.ops import linear
+
+
+def positions_from_mask(attention_mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Position of each token among the real ones of its row; padding gets a neighbour's, which is never looked at."""
+    return jnp.maximum(jnp.cumsum(attention_mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def _layer_norm(config: GPTNeoConfig, dtype: jax.typing.DTypeLike, param_dtype: jax.typing.DTypeLike) -> nnx.LayerNorm:
+    # The fast variance E[x^2] - E[x]^2 cancels where PyTorch's does not.
+    return nnx.LayerNorm(
+        config.hidden_size,
+        epsilon=config.layer_norm_epsilon,
+        use_fast_variance=False,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=nnx.Rngs(0),
+    )
+
+
+class GPTNeoMLP(nnx.Module):
+    """`c_proj(activation(c_fc(x)))`."""
+
+    def __init__(
+        self,
+        config: GPTNeoConfig,
+        *,
+        dtype: jax.typing.DTypeLike,
+        param_dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        def projection(in_features: int, out_features: int) -> Linear:
+            return Linear(
+                in_features,
+                out_features,
+                use_bias=True,
+                stddev=config.initializer_range,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.c_fc = projection(config.hidden_size, config.mlp_dim)
+        self.c_proj = projection(config.mlp_dim, config.hidden_size)
+        self.activation = config.activation_function
+
+    def __call__(self, hidden_states: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        return self.c_proj(ACTIVATION_FUNCTIONS[self.activation](self.c_fc(hidden_states)))
+
+
+class GPTNeoBlock(nnx.Module):
+    """Pre-norm residual block: attention, then MLP."""
+
+    def __init__(
+        self,
+        config: GPTNeoConfig,
+        kind: str,
+        *,
+        dtype: jax.typing.DTypeLike,
+        param_dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.ln_1 = _layer_norm(config, dtype, param_dtype)
+        self.attn = GPTNeoAttention(config, kind, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.ln_2 = _layer_norm(config, dtype, param_dtype)
+        self.mlp = GPTNeoMLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(
+        self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"]
+    ) -> Float[Array, "B T E"]:
+        return self._finish(hidden_states, self.attn.attention(self.ln_1(hidden_states), attention_mask))
+
+    def prefill(
+        self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"], cache: LayerCache
+    ) -> tuple[Float[Array, "B T E"], LayerCache]:
+        context, cache = self.attn.attention.prefill(self.ln_1(hidden_states), attention_mask, cache)
+        return self._finish(hidden_states, context), cache
+
+    def decode(
+        self,
+        hidden_states: Float[Array, "B 1 E"],
+        cache_mask: Bool[Array, "B L"],
+        slot: Int[Array, ""],
+        cache: LayerCache,
+    ) -> tuple[Float[Array, "B 1 E"], LayerCache]:
+        context, cache = self.attn.attention.decode(self.ln_1(hidden_states), cache_mask, slot, cache)
+        return self._finish(hidden_states, context), cache
+
+    def _finish(self, residual: jax.Array, context: jax.Array) -> jax.Array:
+        hidden_states = residual + context
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
+
+
+class GPTNeoModel(nnx.Module):
+    """Embeddings, blocks and the last layer norm: token ids to hidden states."""
+
+    def __init__(
+        self,
+        config: GPTNeoConfig,
+        *,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.remat = remat
+
+        def embedding(count: int) -> nnx.Embed:
+            return nnx.Embed(
+                count,
+                config.hidden_size,
+                embedding_init=nnx.initializers.normal(config.initializer_range),
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.wte = embedding(config.vocab_size)
+        self.wpe = embedding(config.max_position_embeddings)
+        self.h = nnx.List(
+            [
+                GPTNeoBlock(config, kind, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+                for kind in config.attention_layers
+            ]
+        )
+        self.ln_f = _layer_norm(config, dtype, param_dtype)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"],
+        positions: Int[Array, "B T"],
+    ) -> Float[Array, "B T E"]:
+        hidden_states = self.wte(input_ids) + self.wpe(positions)
+        run_block = nnx.remat(GPTNeoBlock.__call__) if self.remat else GPTNeoBlock.__call__
+        for block in self.h:
+            hidden_states = run_block(block, hidden_states, attention_mask)
+        return self.ln_f(hidden_states)
+
+    def prefill(
+        self, input_ids: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], cache: Cache
+    ) -> tuple[Float[Array, "B T E"], Cache]:
+        hidden_states = self.wte(input_ids) + self.wpe(positions_from_mask(attention_mask))
+        layers = []
+        for block, layer_cache in zip(self.h, cache.layers, strict=True):
+            hidden_states, layer_cache = block.prefill(hidden_states, attention_mask, layer_cache)
+            layers.append(layer_cache)
+        length = input_ids.shape[1]
+        mask = cache.mask.at[:, :length].set(attention_mask)
+        return self.ln_f(hidden_states), Cache(tuple(layers), mask, jnp.full_like(cache.length, length))
+
+    def decode(self, input_ids: Int[Array, "B 1"], cache: Cache) -> tuple[Float[Array, "B 1 E"], Cache]:
+        slot = cache.length
+        positions = jnp.sum(cache.mask, axis=1, keepdims=True, dtype=jnp.int32)
+        mask = jax.lax.dynamic_update_slice(cache.mask, jnp.ones_like(input_ids, bool), (0, slot))
+        hidden_states = self.wte(input_ids) + self.wpe(positions)
+        layers = []
+        for block, layer_cache in zip(self.h, cache.layers, strict=True):
+            hidden_states, layer_cache = block.decode(hidden_states, mask, slot, layer_cache)
+            layers.append(layer_cache)
+        return self.ln_f(hidden_states), Cache(tuple(layers), mask, slot + 1)
+
+
+class GPTNeoForCausalLM(nnx.Module):
+    """GPT-Neo with its tied language-modelling head.
+
+    Args:
+        config: shape of the model; with `config.splats` every attention carries splat parameters.
+        dtype: of the computation.
+        param_dtype: of the parameters.
+        remat: recompute each block in the backward pass instead of keeping its activations.
+        rngs: for the initial weights, stream `params`.
+    """
+
+    def __init__(
+        self,
+        config: GPTNeoConfig,
+        *,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.transformer = GPTNeoModel(config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=rngs)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token, float32.
+
+        Args:
+            input_ids: must lie in the vocabulary; an id outside of it gives NaN.
+            attention_mask: nonzero for real tokens, zero for padding anywhere; all real if None. Logits of padding are
+                finite and mean nothing.
+            positions: row of the position embedding for each token; counted from the mask if None.
+        """
+        if attention_mask is None:
+            attention_mask = jnp.ones_like(input_ids, bool)
+        attention_mask = attention_mask.astype(bool)
+        if positions is None:
+            positions = positions_from_mask(attention_mask)
+        return self._logits(self.transformer(input_ids, attention_mask, positions))
+
+    def prefill(
+        self, input_ids: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], cache_length: int
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Reads left-padded prompts: logits after the last token, and a cache with room for `cache_length` slots."""
+        cache = init_cache(self.config, input_ids.shape[0], cache_length, self.dtype)
+        hidden_states, cache = self.transformer.prefill(input_ids, attention_mask, cache)
+        return self._logits(hidden_states[:, -1]), cache
+
+    def decode(self, input_ids: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
+        """Reads one more token per sequence: logits after it, and the cache with it."""
+        hidden_states, cache = self.transformer.decode(input_ids[:, None], cache)
+        return self._logits(hidden_states[:, 0]), cache
+
+    def _logits(self, hidden_states: jax.Array) -> jax.Array:
+        return linear(hidden_states, self.transformer.wte.embedding[...].astype(self.dtype)).astype(jnp.float32)

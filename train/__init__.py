@@ -1,0 +1,1 @@
+"""Training: losses so far; installed as `gsa_jax.train`."""
