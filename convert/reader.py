@@ -132,8 +132,10 @@ def _open_safetensors(file: Path) -> dict[str, SourceTensor]:
             tensors = {}
             for name in handle.keys():  # noqa: SIM118 (the handle is no dict)
                 view = handle.get_slice(name)
-                dtype = _FLOAT_DTYPES.get(view.get_dtype(), view.get_dtype())
-                tensors[name] = SourceTensor(tuple(view.get_shape()), dtype, file, reader(name))
+                stored = str(view.get_dtype())
+                tensors[name] = SourceTensor(
+                    tuple(view.get_shape()), _FLOAT_DTYPES.get(stored, stored), file, reader(name)
+                )
             return tensors
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: truncated or not a safetensors file ({error})") from error

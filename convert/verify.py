@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +143,7 @@ def _text_ids(text: Path, config: GPTNeoConfig, checkpoint: str | Path) -> tuple
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{text}: cannot be read as UTF-8 text ({error})") from None
-    tokens = load_tokenizer(checkpoint)(content)["input_ids"]
+    tokens = load_tokenizer(checkpoint).encode(content, verbose=False)
     if len(tokens) < 2:
         raise InputError(f"{text}: holds {len(tokens)} tokens; at least 2 are needed")
     if max(tokens) >= config.vocab_size:
@@ -164,15 +165,16 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
         raise InputError("gsa verify runs the PyTorch model; install it with: pip install 'gsa-jax[torch]'") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model, info = transformers.GPTNeoForCausalLM.from_pretrained(source.folder, output_loading_info=True)
-    reads = "its own reading"
+    loaded: Any = transformers.GPTNeoForCausalLM.from_pretrained(source.folder, output_loading_info=True)
+    model, info = loaded
+    names = ""
     if info["missing_keys"]:
         # transformers starts tensors that it does not recognise at random. It does so with names behind a wrapper
         # (`module.`), which only our key table knows.
         own = {name: torch.tensor(np.asarray(t, np.float32)) for name, t in tensors.items() if ".splat_" not in name}
         model = transformers.GPTNeoForCausalLM(model.config)
         model.load_state_dict({**own, "lm_head.weight": own["transformer.wte.weight"]}, strict=True)
-        reads = "weights by our names"
+        names = ", weights by our names"
     model = model.float().eval()
 
     def run_torch(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -185,19 +187,18 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
             )
         return output.logits.numpy()
 
-    yield f"PyTorch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, {reads}", run_torch
+    yield f"PyTorch (transformers {transformers.__version__}){names}", run_torch
     if int(transformers.__version__.split(".")[0]) >= 5:
         return  # Flax models are gone from there
-    flax_module = importlib.import_module("transformers.models.gpt_neo.modeling_flax_gpt_neo")
-    convert_state = importlib.import_module(
-        "transformers.modeling_flax_pytorch_utils"
-    ).convert_pytorch_state_dict_to_flax
-    flax_model = flax_module.FlaxGPTNeoForCausalLM(model.config, _do_init=False)
-    flax_params = convert_state(model.state_dict(), flax_module.FlaxGPTNeoForCausalLM(model.config))
+    # Imported by name, because a type checker may look at transformers 5.
+    flax_class = importlib.import_module("transformers.models.gpt_neo.modeling_flax_gpt_neo").FlaxGPTNeoForCausalLM
+    bridge = importlib.import_module("transformers.modeling_flax_pytorch_utils")
+    flax_model = flax_class(model.config)
+    flax_params = bridge.convert_pytorch_state_dict_to_flax(model.state_dict(), flax_model)
 
     def run_flax(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
         output = flax_model(ids, attention_mask=mask.astype(np.int32), position_ids=positions, params=flax_params)
         return np.asarray(output.logits)
 
-    yield f"Flax, transformers {transformers.__version__}, {reads}", run_flax
+    yield f"Flax (transformers {transformers.__version__}){names}", run_flax

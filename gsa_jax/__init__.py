@@ -1,1 +1,46 @@
-"""GPT-Neo in JAX/Flax, with attention through Gaussian splats."""
+"""GPT-Neo in JAX/Flax, with attention through Gaussian splats.
+
+What most programs need is here; everything else is in the modules. Names are imported when they are first used, so
+that `import gsa_jax` and `gsa --help` do not wait for JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gsa_jax.checkpoint import load, load_tokenizer
+    from gsa_jax.config import GPTNeoConfig, SplatConfig
+    from gsa_jax.errors import InputError
+    from gsa_jax.generation import generate, generate_stream
+    from gsa_jax.model import GPTNeoForCausalLM
+    from gsa_jax.sampling import Categorical, Greedy, make_sampler
+
+__all__ = [
+    "Categorical",
+    "GPTNeoConfig",
+    "GPTNeoForCausalLM",
+    "Greedy",
+    "InputError",
+    "SplatConfig",
+    "generate",
+    "generate_stream",
+    "load",
+    "load_tokenizer",
+    "make_sampler",
+]
+
+_MODULES = {
+    "checkpoint": ("load", "load_tokenizer"),
+    "config": ("GPTNeoConfig", "SplatConfig"),
+    "errors": ("InputError",),
+    "generation": ("generate", "generate_stream"),
+    "model": ("GPTNeoForCausalLM",),
+    "sampling": ("Categorical", "Greedy", "make_sampler"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"gsa_jax.{module}"), name)
+    raise AttributeError(f"module 'gsa_jax' has no attribute {name!r}")

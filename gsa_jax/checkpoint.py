@@ -121,7 +121,7 @@ def save_tensors(folder: Path, config: GPTNeoConfig, tensors: Mapping[str, np.nd
     context.memory.deepcopy_host_arrays = False
     context.memory.write_concurrent_bytes = 256 * 2**20
     with context:
-        ocp.save(folder.resolve() / WEIGHTS_FOLDER, dict(tensors))
+        ocp.save(str(folder.resolve() / WEIGHTS_FOLDER), dict(tensors))
     (folder / CONFIG_FILE).write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
 
 
@@ -139,7 +139,7 @@ def load_tensors(folder: str | Path) -> tuple[GPTNeoConfig, dict[str, np.ndarray
         raise InputError(f"{folder}: not a gsa-jax checkpoint (no {WEIGHTS_FOLDER}/ in it){remedy}")
     config = read_config(folder / CONFIG_FILE)
     try:
-        tensors = ocp.load(folder.resolve() / WEIGHTS_FOLDER)
+        tensors = ocp.load(str(folder.resolve() / WEIGHTS_FOLDER))
     except (ValueError, OSError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0][:200]
         raise InputError(f"{folder / WEIGHTS_FOLDER}: damaged checkpoint ({first_line})") from error

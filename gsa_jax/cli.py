@@ -159,7 +159,7 @@ class Generate(_Command):
 
     def run(self) -> int:
         from gsa_jax.checkpoint import load, load_tokenizer
-        from gsa_jax.generate import generate_stream
+        from gsa_jax.generation import generate_stream
         from gsa_jax.sampling import make_sampler
 
         sampler = make_sampler(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
@@ -171,7 +171,7 @@ class Generate(_Command):
             raise InputError("--stream prints one text; give one --prompt and one sample")
         model = load(self.checkpoint, dtype=self.dtype, param_dtype=self.dtype)
         tokenizer = load_tokenizer(self.checkpoint)
-        prompts = [tokenizer(text)["input_ids"] for text in self.prompt for _ in range(self.num_samples)]
+        prompts = [tokenizer.encode(text) for text in self.prompt for _ in range(self.num_samples)]
         if self.stream:
             print(self.prompt[0], end="", flush=True)
         rows: list[list[int]] = [[] for _ in prompts]

@@ -1,8 +1,8 @@
 """GPT-Neo in Flax NNX. Read this first.
 
 The tree of modules and the names of its leaves are Hugging Face's (`transformer.h.0.attn.attention.q_proj.weight`),
-so whoever knows `transformers` v4.57 `modeling_gpt_neo.py` knows this file. May be changed here: the blocks and how they
-are put together. Attention is in `gsa_jax.attention`, generation in `gsa_jax.generate`.
+so whoever knows `transformers` v4.57 `modeling_gpt_neo.py` knows this file. May be changed here: the blocks and how
+they are put together. Attention is in `gsa_jax.attention`, generation in `gsa_jax.generation`.
 
 Parameters have `param_dtype`, computation has `dtype`; attention scores, softmax, statistics of the layer norms and
 logits are float32 always.
@@ -233,7 +233,7 @@ class GPTNeoForCausalLM(nnx.Module):
         hidden_states, cache = self.transformer.prefill(input_ids, attention_mask, cache)
         return self._logits(hidden_states[:, -1]), cache
 
-    def decode(self, input_ids: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
+    def decode(self, input_ids: Int[Array, " B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
         """Reads one more token per sequence: logits after it, and the cache with it."""
         hidden_states, cache = self.transformer.decode(input_ids[:, None], cache)
         return self._logits(hidden_states[:, 0]), cache

@@ -21,7 +21,7 @@ from gsa_jax.errors import InputError
 class Sampler(Protocol):
     """A pytree that maps logits to tokens."""
 
-    def __call__(self, logits: Float[Array, "B V"], key: jax.Array) -> Int[Array, B]: ...
+    def __call__(self, logits: Float[Array, "B V"], key: jax.Array) -> Int[Array, " B"]: ...
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +29,7 @@ class Sampler(Protocol):
 class Greedy:
     """The most likely token."""
 
-    def __call__(self, logits: Float[Array, "B V"], key: jax.Array) -> Int[Array, B]:
+    def __call__(self, logits: Float[Array, "B V"], key: jax.Array) -> Int[Array, " B"]:
         del key
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -65,7 +65,7 @@ class Categorical:
             logits = jnp.where(logits < threshold, -jnp.inf, logits)
         return logits
 
-    def __call__(self, logits: Float[Array, "B V"], key: jax.Array) -> Int[Array, B]:
+    def __call__(self, logits: Float[Array, "B V"], key: jax.Array) -> Int[Array, " B"]:
         return jax.random.categorical(key, self.filtered(logits), axis=-1).astype(jnp.int32)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class _State:
     logits: Float[Array, "B V"]
     tokens: Int[Array, "B M"]
     step: Int[Array, ""]
-    done: Bool[Array, B]
+    done: Bool[Array, " B"]
     key: jax.Array
 
 
@@ -70,8 +70,6 @@ def _prefill(
     return _State(cache, logits, tokens, jnp.zeros((), jnp.int32), jnp.zeros((batch,), bool), key)
 
 
-# The cache is donated: without that, every call would copy it once.
-@functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
 def _decode(
     graphdef: nnx.GraphDef,
     params: nnx.State,
@@ -95,6 +93,15 @@ def _decode(
         return _State(cache, logits, tokens, state.step + 1, state.done | (token == eos_token_id), state.key)
 
     return jax.lax.while_loop(unfinished, advance, state)
+
+
+@functools.cache
+def _jitted_decode(on_cpu_in_float32: bool) -> Callable[..., _State]:
+    # In float32 on CPU, XLA copies the caches at each step unless it may look at which parts are read and written; in
+    # bfloat16 the same option makes it slower (benchmarks/generate.py).
+    options = {"xla_cpu_copy_insertion_use_region_analysis": True} if on_cpu_in_float32 else None
+    # The state is donated: without that, every call would copy the caches once.
+    return jax.jit(_decode, static_argnames=("graphdef",), donate_argnames=("state",), compiler_options=options)
 
 
 def generate_stream(
@@ -125,10 +132,11 @@ def generate_stream(
         cache_length=input_ids.shape[1] + room,
         room=room,
     )
+    decode = _jitted_decode(jax.default_backend() == "cpu" and jnp.dtype(model.dtype) == jnp.float32)
     written = 0
     while written < max_new_tokens:
         stop = min(written + tokens_per_step, max_new_tokens)
-        state = _decode(graphdef, params, state, sampler or Greedy(), jnp.int32(stop), jnp.int32(eos), jnp.int32(pad))
+        state = decode(graphdef, params, state, sampler or Greedy(), jnp.int32(stop), jnp.int32(eos), jnp.int32(pad))
         step = int(state.step)
         yield np.asarray(state.tokens[:, written:step])
         if step < stop or bool(jnp.all(state.done)):
