@@ -60,8 +60,10 @@ class Categorical:
             ordered = jnp.sort(logits, axis=-1, descending=True)
             probabilities = jax.nn.softmax(ordered, axis=-1)
             before = jnp.cumsum(probabilities, axis=-1) - probabilities
-            # The most likely token has nothing before it, so one token always stays.
-            threshold = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+            # The most likely token has nothing before it, so one token always stays. A sum of all the others may round
+            # to 1, and a nucleus of 1 is everything all the same.
+            inside = (before < self.top_p) | (jnp.asarray(self.top_p) >= 1)
+            threshold = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
             logits = jnp.where(logits < threshold, -jnp.inf, logits)
         return logits
 

@@ -1,0 +1,273 @@
+"""The forward pass against Hugging Face PyTorch and Flax, and properties that hold without an oracle."""
+
+import dataclasses
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from hf_oracle import VOCAB, hf_model, ours, positions, random_ids, relative_rms, torch_logits
+from transformers import FlaxGPTNeoForCausalLM
+from transformers import GPTNeoConfig as HFConfig
+from transformers.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax
+
+from gsa_jax import GPTNeoConfig, GPTNeoForCausalLM, InputError, SplatConfig
+from gsa_jax.checkpoint import build_model, named_parameters
+
+MIXED = [[["global", "local"], 1]]
+
+MODELS = {
+    "mixed": {},
+    "global only": {"attention_types": [[["global"], 2]]},
+    "local only": {"attention_types": [[["local"], 2]]},
+    "pattern repeated": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
+    "window 1": {"window_size": 1},
+    "window beyond the length": {"window_size": 100},
+    "head_dim 4": {"num_heads": 8},
+    "one head": {"num_heads": 1},
+    "narrow mlp": {"intermediate_size": 24},
+    "relu": {"activation_function": "relu"},
+    "exact gelu": {"activation_function": "gelu"},
+    "silu": {"activation_function": "silu"},
+    "large epsilon": {"layer_norm_epsilon": 0.1},
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_pytorch(name: str) -> None:
+    reference = hf_model(**MODELS[name])
+    model = ours(reference)
+    for length in (1, 7, 33):
+        ids = random_ids(length, 2, length)
+        assert relative_rms(model(ids), torch_logits(reference, ids)) < 1e-5, f"length {length}"
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("window", [3, 256, 300])
+def test_blocked_attention_equals_pytorch(window: int) -> None:
+    """Lengths beyond two blocks, where global and local layers no longer attend in one piece."""
+    reference = hf_model(window_size=window, max_position_embeddings=1024, num_heads=2)
+    ids = random_ids(0, 1, 777)
+    mask = np.ones(ids.shape, bool)
+    mask[0, :20] = False
+    got = np.asarray(ours(reference)(ids, mask))
+    assert relative_rms(got[mask], torch_logits(reference, ids, mask)[mask]) < 1e-5
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_logits_equal_pytorch(side: str) -> None:
+    reference = hf_model()
+    ids, mask = random_ids(1, 3, 21), np.ones((3, 21), bool)
+    for row, pads in enumerate((0, 5, 20)):
+        mask[row, slice(0, pads) if side == "left" else slice(21 - pads, 21)] = False
+    got = np.asarray(ours(reference)(ids, mask))
+    assert relative_rms(got[mask], torch_logits(reference, ids, mask)[mask]) < 1e-5
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["mixed", "local only", "window 1", "head_dim 4"])
+def test_logits_equal_flax(name: str) -> None:
+    reference = hf_model(**MODELS[name])
+    flax = FlaxGPTNeoForCausalLM(reference.config)
+    params = convert_pytorch_state_dict_to_flax(reference.state_dict(), flax)
+    ids, mask = random_ids(2, 2, 33), np.ones((2, 33), bool)
+    mask[1, :9] = False
+    expected = flax(ids, attention_mask=mask.astype(int), position_ids=positions(mask), params=params).logits
+    got = np.asarray(ours(reference)(ids, mask))
+    assert relative_rms(got[mask], np.asarray(expected)[mask]) < 1e-5
+
+
+@pytest.mark.parity
+def test_as_close_to_float64_as_pytorch_is() -> None:
+    reference = hf_model(initializer_range=0.5)
+    ids = random_ids(3, 2, 40)
+    got = relative_rms(ours(reference)(ids), exact := torch_logits(hf_model(initializer_range=0.5).double(), ids))
+    assert got < max(2 * relative_rms(torch_logits(reference, ids), exact), 1e-6)
+
+
+@pytest.mark.parity
+def test_bfloat16_stays_near_pytorch() -> None:
+    reference = hf_model(initializer_range=0.1)
+    ids = random_ids(4, 2, 40)
+    expected = torch_logits(reference, ids)
+    model = ours(reference, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    logits = model(ids)
+    assert logits.dtype == jnp.float32
+    their_error = relative_rms(torch_logits(reference.to(torch.bfloat16), ids), expected)
+    assert relative_rms(logits, expected) < 1.5 * their_error
+
+
+def test_parameters_and_computation_have_dtypes_of_their_own() -> None:
+    model = ours(hf_model(), dtype=jnp.float32, param_dtype=jnp.float16)
+    assert {str(leaf.dtype) for leaf in named_parameters(model).values()} == {"float16"}
+    assert model.transformer(random_ids(0, 1, 4), np.ones((1, 4), bool), np.arange(4)[None]).dtype == jnp.float32
+
+
+def test_splats_do_not_change_a_bit() -> None:
+    plain = ours(hf_model())
+    config = dataclasses.replace(plain.config, splats=SplatConfig(num_splats=3))
+    splats = {
+        name: leaf
+        for name, leaf in named_parameters(GPTNeoForCausalLM(config, rngs=nnx.Rngs(0))).items()
+        if ".splat_" in name
+    }
+    assert sum(leaf.size for leaf in splats.values()) == 2 * 4 * 3 * (8 + 1)
+    with_splats = build_model(config, named_parameters(plain) | splats)
+    ids = random_ids(5, 2, 50)
+    chex.assert_trees_all_equal(plain(ids), with_splats(ids))
+
+
+def test_a_finite_window_is_refused_clearly() -> None:
+    config = GPTNeoConfig(
+        vocab_size=8,
+        hidden_size=8,
+        num_layers=1,
+        num_heads=2,
+        attention_types=((("global",), 1),),
+        bos_token_id=0,
+        eos_token_id=0,
+        splats=SplatConfig(num_splats=2, window=4),
+    )
+    with pytest.raises(InputError, match=r"window = 4.*not implemented yet"):
+        GPTNeoForCausalLM(config, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def mixed_forward():
+    graphdef, params = nnx.split(ours(hf_model(window_size=5)))
+    return jax.jit(lambda ids, mask: nnx.merge(graphdef, params)(ids, mask))
+
+
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.given(st.integers(0, 29), st.integers(0, 2**31))
+def test_the_future_does_not_change_the_past(mixed_forward, edit: int, seed: int) -> None:
+    ids, mask = random_ids(6, 1, 30), np.ones((1, 30), bool)
+    edited = np.where(np.arange(30) >= edit, random_ids(seed, 1, 30), ids)
+    chex.assert_trees_all_equal(mixed_forward(ids, mask)[:, :edit], mixed_forward(edited, mask)[:, :edit])
+
+
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.given(st.integers(0, 29), st.integers(0, 2**31))
+def test_left_padding_changes_nothing(mixed_forward, pads: int, seed: int) -> None:
+    tokens = random_ids(7, 1, 30 - pads)
+    ids = np.concatenate([random_ids(seed, 1, pads), tokens], axis=1)
+    mask = np.arange(30)[None] >= pads
+    alone = ours_on(mixed_forward, tokens)
+    assert relative_rms(mixed_forward(ids, mask)[:, pads:], alone) < 1e-5
+
+
+def ours_on(forward, tokens: np.ndarray) -> np.ndarray:
+    """Logits of unpadded tokens, with padding on the right to keep one compiled shape."""
+    length = tokens.shape[1]
+    ids = np.zeros((1, 30), np.int32)
+    ids[:, :length] = tokens
+    return np.asarray(forward(ids, np.ones((1, 30), bool)))[:, :length]
+
+
+def test_padding_gives_finite_logits_and_gradients() -> None:
+    graphdef, params = nnx.split(ours(hf_model()))
+    ids, mask = random_ids(8, 2, 12), np.zeros((2, 12), bool)
+    mask[1, 4:] = True  # row 0 is padding altogether
+    loss = jax.jit(jax.value_and_grad(lambda params: nnx.merge(graphdef, params)(ids, mask).sum()))
+    chex.assert_tree_all_finite(loss(params))
+
+
+def test_remat_gives_the_same_gradients() -> None:
+    reference = hf_model()
+    ids = random_ids(9, 1, 20)
+
+    def gradients(remat: bool):
+        graphdef, params = nnx.split(ours(reference, remat=remat))
+        return jax.jit(jax.grad(lambda params: jax.nn.logsumexp(nnx.merge(graphdef, params)(ids))))(params)
+
+    chex.assert_trees_all_close(
+        jax.tree.leaves(gradients(True)), jax.tree.leaves(gradients(False)), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_positions_can_be_given() -> None:
+    model = ours(hf_model())
+    ids = random_ids(10, 1, 10)
+    shifted = np.arange(10)[None] + 3
+    assert relative_rms(model(ids, None, shifted), model(ids)) > 1e-2
+    chex.assert_trees_all_equal(model(ids, None, np.arange(10)[None]), model(ids))
+
+
+def test_local_layers_take_linear_memory() -> None:
+    graphdef, params = nnx.split(
+        ours(hf_model(attention_types=[[["local"], 2]], window_size=64, max_position_embeddings=8192))
+    )
+
+    def temporary_bytes(length: int) -> int:
+        hidden = jax.jit(
+            lambda params, ids: nnx.merge(graphdef, params).transformer(ids, ids > 0, jnp.arange(length)[None])
+        )
+        compiled = hidden.lower(params, jax.ShapeDtypeStruct((1, length), jnp.int32)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(8192) < 2.2 * temporary_bytes(4096)
+
+
+@pytest.mark.parity
+def test_config_goes_to_hugging_face_and_back() -> None:
+    theirs = HFConfig(
+        hidden_size=48,
+        num_layers=4,
+        num_heads=3,
+        attention_types=[[["global", "local"], 1], [["local"], 2]],
+        window_size=17,
+        vocab_size=VOCAB,
+        bos_token_id=5,
+        eos_token_id=6,
+        attention_dropout=0.1,
+        intermediate_size=99,
+    )
+    config = GPTNeoConfig.from_hf(theirs)
+    assert config.attention_layers == tuple(theirs.attention_layers) == ("global", "local", "local", "local")
+    back = HFConfig(**config.to_hf()).to_dict()
+    expected = theirs.to_dict()
+    for name in ("attention_types", "attention_layers", *(f.name for f in dataclasses.fields(config))):
+        if name != "splats":
+            assert back[name] == expected[name], name
+    with_splats = dataclasses.replace(config, splats=SplatConfig(num_splats=2))
+    assert GPTNeoConfig.from_hf(with_splats.to_hf()) == with_splats
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_heads": 5}, "num_heads = 5 does not divide hidden_size = 32"),
+        ({"activation_function": "mish"}, "activation_function = 'mish' is unknown"),
+        ({"attention_types": [[["banded"], 2]]}, "attention_types names 'banded'"),
+        ({"attention_types": [[["global"], 3]]}, "describes 3 layers, num_layers = 2"),
+        ({"attention_types": ["global"]}, "attention_types = "),
+        ({"model_type": "gpt2"}, "model_type = 'gpt2'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"window_size": 0}, "window_size = 0"),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon = nan"),
+        ({"eos_token_id": VOCAB}, f"eos_token_id = {VOCAB}"),
+        ({"attention_layers": ["local", "global"]}, "attention_layers"),
+        ({"splats": {"num_splats": 0}}, "num_splats = 0"),
+        ({"splats": {"number": 1}}, "splats"),
+    ],
+)
+def test_config_refuses_what_it_is_not(change: dict, words: str) -> None:
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": MIXED,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    GPTNeoConfig.from_hf(values)
+    with pytest.raises(InputError, match=words):
+        GPTNeoConfig.from_hf(values | change)
