@@ -15,7 +15,8 @@ demo: $(VENV)/.demo
 	rm -rf $(DEMO)
 	$(BIN)/gsa convert $(MODEL) $(DEMO)/checkpoint --num-splats 2
 	$(BIN)/gsa verify $(MODEL) $(DEMO)/checkpoint --text tests/data/stories.txt
-	$(BIN)/gsa generate $(DEMO)/checkpoint --prompt "Once upon a time" --temperature 0.7 --top-p 0.9 --seed 4 --stream
+	$(BIN)/gsa generate $(DEMO)/checkpoint --stream \
+		--prompt "Once upon a time, there was a little girl named Lily." --temperature 0.6 --top-p 0.9 --seed 2
 
 test: $(VENV)/.test
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache $(BIN)/python -m pytest -n 2 --strict-run

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from gsa_jax.convert.names import export_names
+from gsa_jax.convert.names import EXPORT_LEAVES, export_names
 from safetensors.numpy import save_file
 
 from gsa_jax.checkpoint import CONFIG_FILE, REPORT_FILE, TOKENIZER_FILES, load_tensors
@@ -63,8 +63,11 @@ def export(checkpoint: str | Path, out: str | Path) -> ExportReport:
 def _dialect(checkpoint: Path) -> str:
     file = checkpoint / REPORT_FILE
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["dialect"]
+        dialect = json.loads(file.read_text(encoding="utf-8"))["dialect"]
     except FileNotFoundError:
         return "plain"  # a checkpoint that did not come out of a conversion
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{file}: damaged ({error})") from None
+    if dialect not in ("plain", *EXPORT_LEAVES):
+        raise InputError(f"{file}: damaged (dialect = {dialect!r})")
+    return dialect

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from gsa_jax.config import GPTNeoConfig, read_config
 from gsa_jax.errors import InputError
+from gsa_jax.files import first_line
 
 _FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -88,13 +88,11 @@ def _resolve(source: str) -> Path:
     if len(parts) != 2 or not all(parts) or source.startswith((".", "~")):
         raise InputError(f"{source}: no such folder")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.txt"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{source}: no such folder, and not to be had from the hub ({reason})") from error
+    except Exception as error:  # the hub's client lets errors of its HTTP library through, another one in each version
+        raise InputError(f"{source}: no such folder, and not to be had from the hub ({first_line(error)})") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -109,7 +107,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise InputError(f"{index}: not an index of shards (no weight_map in it)") from None
     missing = [name for name in names if not (index.parent / name).is_file()]
@@ -151,9 +149,8 @@ def _open_pickle(file: Path) -> dict[str, SourceTensor]:
     try:
         # Files of torch >= 1.6 are archives and can be mapped; older ones have to be read whole.
         state = torch.load(file, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise InputError(f"{file}: truncated, or not a file that PyTorch loads safely ({reason})") from error
+    except Exception as error:  # there is no telling what an unpickler stumbles over in a damaged file
+        raise InputError(f"{file}: truncated, or not a file that PyTorch loads safely ({first_line(error)})") from error
     if not isinstance(state, dict) or not state:
         raise InputError(f"{file}: not a state dict but a {type(state).__name__}")
     strangers = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
@@ -161,6 +158,8 @@ def _open_pickle(file: Path) -> dict[str, SourceTensor]:
         raise InputError(f"{file}: not a state dict: {', '.join(strangers[:5])} hold no tensors")
 
     def reader(tensor: Any) -> Callable[[], np.ndarray]:
+        tensor = tensor.detach()  # an `nn.Parameter` refuses to become an array
+
         def read() -> np.ndarray:
             if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16 of its own
                 return tensor.contiguous().view(torch.int16).numpy().view(jnp.bfloat16)

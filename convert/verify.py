@@ -168,9 +168,9 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
     loaded: Any = transformers.GPTNeoForCausalLM.from_pretrained(source.folder, output_loading_info=True)
     model, info = loaded
     names = ""
-    if info["missing_keys"]:
-        # transformers starts tensors that it does not recognise at random. It does so with names behind a wrapper
-        # (`module.`), which only our key table knows.
+    if info["missing_keys"] or any(parameter.is_meta for parameter in model.parameters()):
+        # transformers starts tensors at random that it does not find. It does so with names behind a wrapper
+        # (`module.`), which only our key table knows; and a head that stands for the embedding leaves it without data.
         own = {name: torch.tensor(np.asarray(t, np.float32)) for name, t in tensors.items() if ".splat_" not in name}
         model = transformers.GPTNeoForCausalLM(model.config)
         model.load_state_dict({**own, "lm_head.weight": own["transformer.wte.weight"]}, strict=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from orbax.checkpoint import v1 as ocp
 
 from gsa_jax.config import GPTNeoConfig, read_config
 from gsa_jax.errors import InputError
+from gsa_jax.files import first_line
 from gsa_jax.model import GPTNeoForCausalLM
 
 if TYPE_CHECKING:
@@ -116,20 +118,29 @@ def shape_problems(
 
 def save_tensors(folder: Path, config: GPTNeoConfig, tensors: Mapping[str, np.ndarray | jax.Array]) -> None:
     """Writes weights and configuration into an existing folder, configuration last."""
+    # An interrupt lands in the main thread, which waits here for the other one. Raised inside of Orbax, it would leave
+    # threads that go on writing into a folder that is being removed.
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        executor.submit(_write_weights, folder.resolve() / WEIGHTS_FOLDER, dict(tensors)).result()
+    (folder / CONFIG_FILE).write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(folder: Path, tensors: dict[str, np.ndarray | jax.Array]) -> None:
     context = ocp.Context()
     # Orbax would copy every host array before it writes the first.
     context.memory.deepcopy_host_arrays = False
     context.memory.write_concurrent_bytes = 256 * 2**20
+    # Compressed copies pile up in memory until their file is full, and weights hardly get smaller.
+    context.array.saving.use_compression = False
     with context:
-        ocp.save(str(folder.resolve() / WEIGHTS_FOLDER), dict(tensors))
-    (folder / CONFIG_FILE).write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
+        ocp.save(str(folder), tensors)
 
 
 def load_tensors(folder: str | Path) -> tuple[GPTNeoConfig, dict[str, np.ndarray]]:
     """Configuration and parameters of a checkpoint folder, in the dtypes they were stored in.
 
     Raises:
-        InputError: the folder is not a checkpoint, or is damaged.
+        InputError: the folder is not a checkpoint, is damaged, or its tensors do not fit its configuration.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -139,11 +150,14 @@ def load_tensors(folder: str | Path) -> tuple[GPTNeoConfig, dict[str, np.ndarray
         raise InputError(f"{folder}: not a gsa-jax checkpoint (no {WEIGHTS_FOLDER}/ in it){remedy}")
     config = read_config(folder / CONFIG_FILE)
     try:
-        tensors = ocp.load(str(folder.resolve() / WEIGHTS_FOLDER))
-    except (ValueError, OSError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0][:200]
-        raise InputError(f"{folder / WEIGHTS_FOLDER}: damaged checkpoint ({first_line})") from error
-    return config, {name: np.asarray(tensor) for name, tensor in tensors.items()}
+        stored = ocp.load(str(folder.resolve() / WEIGHTS_FOLDER))
+        tensors = {name: np.asarray(tensor) for name, tensor in stored.items()}
+    except Exception as error:  # Orbax and TensorStore have no common class for what a damaged file leads to
+        raise InputError(f"{folder / WEIGHTS_FOLDER}: damaged checkpoint ({first_line(error)})") from error
+    problems = shape_problems(expected_shapes(config), {name: tensor.shape for name, tensor in tensors.items()})
+    if problems:
+        raise InputError(f"{folder}: tensors do not fit the configuration: " + "; ".join(problems))
+    return config, tensors
 
 
 def load(
@@ -159,10 +173,7 @@ def load(
         InputError: the folder is not a checkpoint, is damaged, or its tensors do not fit its configuration.
     """
     config, tensors = load_tensors(folder)
-    try:
-        return build_model(config, tensors, dtype=dtype, param_dtype=param_dtype, remat=remat)
-    except InputError as error:
-        raise InputError(f"{folder}: {error}") from None
+    return build_model(config, tensors, dtype=dtype, param_dtype=param_dtype, remat=remat)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -178,5 +189,5 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(str(folder))
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: its tokenizer cannot be read ({str(error).splitlines()[0][:200]})") from error
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        raise InputError(f"{folder}: its tokenizer cannot be read ({first_line(error)})") from error

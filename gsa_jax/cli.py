@@ -172,8 +172,6 @@ class Generate(_Command):
         model = load(self.checkpoint, dtype=self.dtype, param_dtype=self.dtype)
         tokenizer = load_tokenizer(self.checkpoint)
         prompts = [tokenizer.encode(text) for text in self.prompt for _ in range(self.num_samples)]
-        if self.stream:
-            print(self.prompt[0], end="", flush=True)
         rows: list[list[int]] = [[] for _ in prompts]
         started, printed, decoded = time.perf_counter(), "", 0
         for tokens in generate_stream(
@@ -184,6 +182,8 @@ class Generate(_Command):
             seed=self.seed,
             tokens_per_step=1 if self.stream else self.max_new_tokens,
         ):
+            if self.stream and not decoded:  # not before the request has been checked
+                print(self.prompt[0], end="", flush=True)
             decoded += tokens.size
             for row, new in zip(rows, tokens.tolist(), strict=True):
                 row.extend(new)
@@ -205,6 +205,15 @@ class Generate(_Command):
         return 0
 
 
+def _drop_late_callbacks(unraisable: sys.UnraisableHookArgs) -> None:
+    """Prints what a callback raised, unless it only says that Orbax was quicker to fail than TensorStore.
+
+    After a failed read or write Orbax closes its event loop, while threads of TensorStore still want to report to it.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def _comparison_row(comparison: Comparison) -> list[str]:
     return [
         comparison.oracle,
@@ -224,7 +233,8 @@ def _progress(names: Iterable[str], label: str) -> Iterable[str]:
     from rich.console import Console
     from rich.progress import track
 
-    return track(names, description=label, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return track(names, description=label, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -250,7 +260,10 @@ def main() -> None:
         _COMMANDS, prog="gsa", description="GPT-Neo in JAX/Flax, with attention through Gaussian splats."
     )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    if not command.debug:
+        for logger in ("absl", "asyncio"):  # where Orbax and its event loop report what is raised to us anyway
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
+        sys.unraisablehook = _drop_late_callbacks
     # A terminated command unwinds like an interrupted one, so that half-written output is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

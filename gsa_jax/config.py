@@ -115,12 +115,12 @@ class GPTNeoConfig:
             raise InputError(
                 f"activation_function = {self.activation_function!r} is unknown; known: {', '.join(ACTIVATIONS)}"
             )
-        layers = self.attention_layers
-        for kind in layers:
+        for kind in (kind for pattern, _ in self.attention_types for kind in pattern):
             if kind not in ATTENTION_KINDS:
                 raise InputError(f"attention_types names {kind!r}; known: {', '.join(ATTENTION_KINDS)}")
-        if len(layers) != self.num_layers:
-            raise InputError(f"attention_types describes {len(layers)} layers, num_layers = {self.num_layers}")
+        described = sum(len(pattern) * repeats for pattern, repeats in self.attention_types)
+        if described != self.num_layers:
+            raise InputError(f"attention_types describes {described} layers, num_layers = {self.num_layers}")
 
     @property
     def attention_layers(self) -> tuple[str, ...]:
@@ -157,8 +157,8 @@ class GPTNeoConfig:
         own = {field.name for field in dataclasses.fields(cls)} - {"splats"}
         config = cls(splats=splats, **{name: value for name, value in values.items() if name in own})
         listed = values.get("attention_layers")
-        if listed is not None and tuple(listed) != config.attention_layers:
-            raise InputError(f"attention_layers = {list(listed)} contradicts attention_types")
+        if listed is not None and listed not in (config.attention_layers, list(config.attention_layers)):
+            raise InputError(f"attention_layers = {listed!r} contradicts attention_types")
         return config
 
     def to_hf(self) -> dict[str, Any]:
@@ -179,6 +179,8 @@ def read_config(path: Path) -> GPTNeoConfig:
         raise InputError(f"{path}: no such file; a model folder needs a config.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if not isinstance(values, dict) or "model_type" not in values:
         raise InputError(f"{path}: no model_type in it; expected the config.json of a GPT-Neo")
     try:

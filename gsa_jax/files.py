@@ -27,15 +27,10 @@ def new_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
     """
     if out.exists() or out.is_symlink():
         raise InputError(f"{out} exists already; choose another output folder or remove it first")
+    new_parents = [parent for parent in out.parents if not parent.exists()]
+    staging = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if free < needed_bytes:
-            raise InputError(f"{out}: the disk is full: {needed_bytes:,} bytes needed, {free:,} free")
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise InputError(f"{out}: cannot be created ({error.strerror})") from None
-    try:
+        staging = _make_staging(out, needed_bytes)
         yield staging
         staging.chmod(0o755)  # mkdtemp makes folders that only their owner may read
         os.rename(staging, out)
@@ -44,7 +39,28 @@ def new_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
             raise InputError(f"{out}: the disk is full; nothing was written") from error
         raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):  # it stays if the result is in it
+                parent.rmdir()
+
+
+def _make_staging(out: Path, needed_bytes: int) -> Path:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < needed_bytes:
+            raise InputError(f"{out}: the disk is full: {needed_bytes:,} bytes needed, {free:,} free")
+        return Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise InputError(f"{out}: cannot be created ({error.strerror})") from None
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, short enough to be quoted in an `InputError`."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -1,0 +1,115 @@
+"""Settings and fixtures of all tests, and `--strict-run`: a run in which nothing was left out.
+
+May be changed here: what several test files share, and what `make test` refuses to call a success.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from gsa_jax.convert import convert
+
+import gsa_jax
+from gsa_jax.cli import main
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+class StrictRun:
+    """Turns a run into a failure if a test was skipped or expected to fail, or if no parity test passed.
+
+    Under xdist it sits in the controller, which hears of every test.
+    """
+
+    def __init__(self) -> None:
+        self.left_out: list[str] = []
+        self.parity_passed = 0
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self.left_out.append(report.nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped or hasattr(report, "wasxfail"):
+            self.left_out.append(report.nodeid)
+        elif report.when == "call" and report.passed and "parity" in report.keywords:
+            self.parity_passed += 1
+
+    def problems(self) -> list[str]:
+        found = [f"skipped or expected to fail: {nodeid}" for nodeid in self.left_out]
+        return found if self.parity_passed else [*found, "no test marked `parity` passed"]
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.problems() and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for problem in self.problems():
+            terminalreporter.write_line(f"--strict-run: {problem}", red=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--strict-run", action="store_true", help="fail if a test was skipped or xfailed, or if no parity test passed"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--strict-run") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(StrictRun())
+
+
+@pytest.fixture(scope="session")
+def story_neo() -> Path:
+    """The bundled model: a Hugging Face folder."""
+    return Path(gsa_jax.__file__).parent / "assets" / "story-neo"
+
+
+@pytest.fixture(scope="session")
+def story_checkpoint(story_neo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model as a checkpoint with two splats per head. Not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("story") / "checkpoint"
+    convert(story_neo, folder, num_splats=2)
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def assert_refused(self, *words: object) -> None:
+        """Bad input: exit code 2, nothing on stdout, and one line on stderr that has these words."""
+        assert (self.code, self.out) == (2, ""), self
+        assert self.err.startswith("gsa: ") and self.err.count("\n") == 1, self
+        for word in words:
+            assert str(word) in self.err
+
+
+@pytest.fixture
+def run_gsa(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
+    """Runs `gsa` with these arguments in this process."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # the command sets its own
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["gsa", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capfd.readouterr()
+        return Outcome(int(ended.value.code or 0), captured.out, captured.err)
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
