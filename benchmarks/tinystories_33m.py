@@ -29,11 +29,10 @@ def write(folder: Path) -> None:
 
 def load_ours(folder: str, dtype: str) -> Any:
     """Our model of it."""
+    from gsa_jax.checkpoint import build_model
     from gsa_jax.convert.importer import read_tensors
     from gsa_jax.convert.names import plan
     from gsa_jax.convert.reader import open_source
-
-    from gsa_jax.checkpoint import build_model
 
     source = open_source(folder)
     planned = plan(source.config, {name: tensor.shape for name, tensor in source.tensors.items()})

@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from gsa_jax.convert.names import EXPORT_LEAVES, export_names
 from safetensors.numpy import save_file
 
 from gsa_jax.checkpoint import CONFIG_FILE, REPORT_FILE, TOKENIZER_FILES, load_tensors
+from gsa_jax.convert.names import EXPORT_LEAVES, export_names
 from gsa_jax.errors import InputError
 from gsa_jax.files import new_folder
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gsa_jax.convert.names import Plan, plan
-from gsa_jax.convert.reader import Source, SourceTensor, open_source
 
 from gsa_jax.checkpoint import REPORT_FILE, TOKENIZER_FILES, save_tensors
 from gsa_jax.config import GPTNeoConfig, SplatConfig
+from gsa_jax.convert.names import Plan, plan
+from gsa_jax.convert.reader import Source, SourceTensor, open_source
 from gsa_jax.errors import InputError
 from gsa_jax.files import new_folder
 from gsa_jax.splats import init_splats

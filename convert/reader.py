@@ -18,8 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gsa_jax.config import GPTNeoConfig, read_config
-from gsa_jax.errors import InputError
-from gsa_jax.files import first_line
+from gsa_jax.errors import InputError, first_line
 
 _FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

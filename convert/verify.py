@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from gsa_jax.convert.importer import read_tensors
-from gsa_jax.convert.names import plan
-from gsa_jax.convert.reader import Source, open_source
-from gsa_jax.train.loss import mean_next_token_loss
 
 from gsa_jax.checkpoint import build_model, load_tensors, load_tokenizer
 from gsa_jax.config import GPTNeoConfig
+from gsa_jax.convert.importer import read_tensors
+from gsa_jax.convert.names import plan
+from gsa_jax.convert.reader import Source, open_source
 from gsa_jax.errors import InputError
+from gsa_jax.train.loss import mean_next_token_loss
 
 _TOLERANCE = 1e-4
 """Relative RMS between two float32 computations with the same weights; rounding alone stays far below."""

@@ -25,8 +25,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from gsa_jax.config import GPTNeoConfig, read_config
-from gsa_jax.errors import InputError
-from gsa_jax.files import first_line
+from gsa_jax.errors import InputError, first_line
 from gsa_jax.model import GPTNeoForCausalLM
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The one exception that stands for bad input.
+"""The one exception that stands for bad input, and how it quotes another one.
 
 Raise `InputError` with a single line that names the thing and the remedy; the command line prints that line and
 exits with code 2. Anything else that escapes is a bug and keeps its traceback.
@@ -7,3 +7,9 @@ exits with code 2. Anything else that escapes is a bug and keeps its traceback.
 
 class InputError(ValueError):
     """Input from outside (a file, a flag, an argument) that cannot be used as it is."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, short enough to be quoted in an `InputError`."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

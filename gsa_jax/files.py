@@ -57,12 +57,6 @@ def _make_staging(out: Path, needed_bytes: int) -> Path:
         raise InputError(f"{out}: cannot be created ({error.strerror})") from None
 
 
-def first_line(error: BaseException) -> str:
-    """What another library's exception says, short enough to be quoted in an `InputError`."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
-
-
 def is_disk_full(error: BaseException) -> bool:
     """Whether this is a full disk, told by the operating system or, in words only, by TensorStore under Orbax."""
     if isinstance(error, OSError):

@@ -14,10 +14,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
-from gsa_jax.convert import convert
 
 import gsa_jax
 from gsa_jax.cli import main
+from gsa_jax.convert import convert
 
 jax.config.update("jax_default_matmul_precision", "highest")
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from gsa_jax.convert import convert
 from hf_folders import write_folder
 
 from gsa_jax import InputError, generate, load
+from gsa_jax.convert import convert
 
 # Each of these damages a checkpoint folder and returns what the message has to name.
 

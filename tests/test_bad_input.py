@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gsa_jax.convert import convert
 from hf_folders import (
     GSA,
     read_safetensors,
@@ -22,6 +21,8 @@ from hf_folders import (
     write_folder,
     write_sharded_folder,
 )
+
+from gsa_jax.convert import convert
 
 WTE = "transformer.wte.weight"
 C_FC = "transformer.h.1.mlp.c_fc.weight"

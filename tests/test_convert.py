@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import requests
 import torch
-from gsa_jax.convert import convert
 from hf_folders import (
     ATTENTION,
     NUM_HEADS,
@@ -27,6 +26,7 @@ from hf_folders import (
 
 from gsa_jax import GPTNeoConfig, SplatConfig
 from gsa_jax.checkpoint import expected_shapes, load_tensors, load_tokenizer
+from gsa_jax.convert import convert
 from gsa_jax.errors import InputError
 
 WTE = "transformer.wte.weight"

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from gsa_jax.convert import convert, export
 from hf_folders import (
     ATTENTION,
     GSA,
@@ -24,6 +23,7 @@ from hf_folders import (
 
 from gsa_jax import InputError, SplatConfig
 from gsa_jax.checkpoint import load_tensors
+from gsa_jax.convert import convert, export
 
 # Leaf -> shape of what a dialect stores besides centres and scales, and has no meaning here.
 EXTRAS = {

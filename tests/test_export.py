@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gsa_jax.convert import convert, export
 from hf_folders import (
     GSA,
     UNUSED,
@@ -26,6 +25,7 @@ from transformers import AutoTokenizer, GPTNeoForCausalLM
 
 from gsa_jax import GPTNeoConfig
 from gsa_jax.checkpoint import load_tensors
+from gsa_jax.convert import convert, export
 
 WITH_TRANSFORMERS_5 = """
 import sys

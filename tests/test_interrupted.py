@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from gsa_jax.convert import convert
 from hf_folders import tiny_config, write_folder
 
 from gsa_jax import InputError, load
 from gsa_jax.checkpoint import expected_shapes
 from gsa_jax.config import GPTNeoConfig
+from gsa_jax.convert import convert
 
 # Runs the command line after it, and sends this process a signal at a given moment of the conversion.
 INTERRUPTED = """

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gsa_jax.convert import convert
-from gsa_jax.convert.verify import verify
 from hf_folders import (
     UNUSED,
     splat_tensors,
@@ -20,6 +18,8 @@ from hf_folders import (
 )
 
 from gsa_jax.checkpoint import load_tensors, save_tensors
+from gsa_jax.convert import convert
+from gsa_jax.convert.verify import verify
 
 STORIES = Path(__file__).parent / "data" / "stories.txt"
 
