@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -96,7 +97,8 @@ class Export(_Command):
     def run(self) -> int:
         from gsa_jax.convert import export
 
-        report = export(self.checkpoint, self.out)
+        with _status("writing"):
+            report = export(self.checkpoint, self.out)
         _print_table(
             f"{self.checkpoint} -> {self.out}",
             ["what", "value"],
@@ -123,7 +125,8 @@ class Verify(_Command):
     def run(self) -> int:
         from gsa_jax.convert.verify import verify
 
-        comparisons = verify(self.source, self.checkpoint, text=self.text)
+        with _status("running both models"):
+            comparisons = verify(self.source, self.checkpoint, text=self.text)
         _print_table(
             f"{self.checkpoint} against {self.source}",
             ["oracle", "input", "tokens", "max abs", "rel. RMS", "tolerance", "top-1", "loss", "its loss", ""],
@@ -235,6 +238,13 @@ def _progress(names: Iterable[str], label: str) -> Iterable[str]:
 
     console = Console(stderr=True)
     return track(names, description=label, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _status(label: str) -> AbstractContextManager[object]:
+    """Shows on a terminal that something is going on."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(label)
 
 
 def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
