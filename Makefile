@@ -24,7 +24,8 @@ test: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typecheck
+	# build/lib keeps modules that have been deleted since, and setuptools would pack them.
+	rm -rf build/lib build/typecheck
 	# A plain copy, because a type checker cannot follow the editable install to convert/ and train/.
 	$(BIN)/pip install --quiet --no-deps --target build/typecheck .
 	$(BIN)/basedpyright

@@ -20,7 +20,7 @@ from gsa_jax.config import GPTNeoConfig, SplatConfig
 from gsa_jax.convert.names import Plan, plan
 from gsa_jax.convert.reader import Source, SourceTensor, open_source
 from gsa_jax.errors import InputError
-from gsa_jax.files import new_folder
+from gsa_jax.files import new_folder, refuse_existing
 from gsa_jax.splats import init_splats
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -82,8 +82,7 @@ def convert(
         InputError: the source cannot be used, or the output cannot be written. Nothing is left behind.
     """
     out = Path(out)
-    if out.exists() or out.is_symlink():
-        raise InputError(f"{out} exists already; choose another output folder or remove it first")
+    refuse_existing(out)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
     opened = open_source(source)
@@ -94,10 +93,8 @@ def convert(
         raise InputError(f"{files.pop() if len(files) == 1 else opened.folder}: {error}") from None
     _check_dtypes(opened, planned)
     config, attached = _attach(planned.config, num_splats, dtype or _common_dtype(opened, planned))
-    needed = sum(
-        opened.tensors[name].nbytes if dtype is None else _size(opened.tensors[name], dtype)
-        for name in planned.sources.values()
-    )
+    stored = [opened.tensors[name] for name in planned.sources.values()]
+    needed = sum(tensor.size * jnp.dtype(dtype or tensor.dtype).itemsize for tensor in stored)
     with new_folder(out, needed_bytes=needed) as staging:
         tensors = dict(_read(opened, planned, dtype, allow_nonfinite, progress)) | attached
         tokenizer = [name for name in TOKENIZER_FILES if (opened.folder / name).is_file()]
@@ -160,10 +157,6 @@ def _common_dtype(opened: Source, planned: Plan) -> str:
     """The dtype that most parameters have, for the splats that are added to them."""
     dtypes = [opened.tensors[name].dtype for name in planned.sources.values()]
     return max(DTYPES, key=dtypes.count)
-
-
-def _size(tensor: SourceTensor, dtype: str) -> int:
-    return int(np.prod(tensor.shape, dtype=np.int64)) * jnp.dtype(dtype).itemsize
 
 
 def _attach(config: GPTNeoConfig, num_splats: int | None, dtype: str) -> tuple[GPTNeoConfig, dict[str, np.ndarray]]:

@@ -25,8 +25,7 @@ def new_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
         InputError: `out` exists, its parent cannot be written, or the disk holds less than `needed_bytes`, before or
             while the block runs.
     """
-    if out.exists() or out.is_symlink():
-        raise InputError(f"{out} exists already; choose another output folder or remove it first")
+    refuse_existing(out)
     new_parents = [parent for parent in out.parents if not parent.exists()]
     staging = None
     try:
@@ -44,6 +43,12 @@ def new_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
         for parent in new_parents:
             with contextlib.suppress(OSError):  # it stays if the result is in it
                 parent.rmdir()
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises `InputError` if there is something at `out`; for callers who would rather know before they download."""
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out} exists already; choose another output folder or remove it first")
 
 
 def _make_staging(out: Path, needed_bytes: int) -> Path:

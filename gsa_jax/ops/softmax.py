@@ -55,8 +55,8 @@ def single_query_attention(
 ) -> Float[Array, "B H D"]:
     """The same attention for one token per sequence, over itself and cached tokens in any order, heads first.
 
-    The token's own key and value come apart from the cache, so that a loop can attend before it writes: XLA then
-    updates the cache in place, where reading the updated cache makes it copy the whole buffer at each step.
+    The token's own key and value come apart from the cache, so that a loop can attend before it writes: a loop that
+    reads the updated cache makes XLA copy the whole buffer several times at each step.
 
     Args:
         cache_mask: which entries of the cache the token sees.
