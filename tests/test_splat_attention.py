@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from splat_cases import Case, assert_close, compiled, compiled_gradients, draw, relative_error
 
-from gsa_jax.errors import InputError
 from gsa_jax.ops.softmax import causal_attention
 from gsa_jax.ops.splat_attention import splat_attention
-from gsa_jax.ops.splat_state import FLOOR, Splats, init_splat_state
+from gsa_jax.ops.splat_state import FLOOR, Splats
 
 FAST = ("chunked", "recurrent")
 ALL = ("reference", *FAST)
@@ -24,9 +23,8 @@ ALL = ("reference", *FAST)
 def oracle(case: Case, window: int | None) -> np.ndarray:
     """The definition in float64, one pair of tokens at a time. Padded slots give 0."""
     query, key, value, mask = (np.asarray(x, np.float64) for x in (case.query, case.key, case.value, case.mask))
-    splats = {f.name: getattr(case.splats, f.name) for f in dataclasses.fields(Splats)}
-    splats = {name: None if x is None else np.asarray(x, np.float64) for name, x in splats.items()}
-    centers, log_scales = splats["centers"], splats["log_scales"]
+    splats = jax.tree.map(lambda x: np.asarray(x, np.float64), case.splats)
+    centers, log_scales = splats.centers, splats.log_scales
     output = np.zeros_like(value)
     batch, length, heads, _ = query.shape
     for b, h, i in itertools.product(range(batch), range(heads), range(length)):
@@ -42,13 +40,13 @@ def oracle(case: Case, window: int | None) -> np.ndarray:
             else:
                 terms = -(((q - centers[h]) ** 2).sum(-1) + ((k - centers[h]) ** 2).sum(-1)) / 2
                 terms = terms / np.exp(log_scales[h]) ** 2
-                if splats["log_amplitudes"] is not None:
-                    terms = terms + splats["log_amplitudes"][h]
+                if splats.log_amplitudes is not None:
+                    terms = terms + splats.log_amplitudes[h]
                 score = terms.max() + np.log(np.exp(terms - terms.max()).sum()) if terms.size else -np.inf
-                if splats["key_norm_gain"] is not None:
-                    score += splats["key_norm_gain"][h] * (k @ k)
-                if splats["far_gain"] is not None:
-                    score += splats["far_gain"][h]
+                if splats.key_norm_gain is not None:
+                    score += splats.key_norm_gain[h] * (k @ k)
+                if splats.far_gain is not None:
+                    score += splats.far_gain[h]
                 scores.append(score)
             values.append(value[b, j, h])
         weights = np.exp(np.array(scores) - max(scores))
@@ -81,20 +79,27 @@ def test_reference_is_the_definition(window: int | None, splats: int, optional: 
         assert relative_error(output, oracle(case, window)) < 1e-13
 
 
-@pytest.mark.parametrize("length", [1, 7, 63, 64, 65, 200])
-@pytest.mark.parametrize("window", [0, 1, 16, 64, None])
+@pytest.mark.parametrize(
+    ("window", "length"),
+    [
+        *itertools.product((0, 16, 64), (1, 7, 63, 64, 65, 200)),
+        *itertools.product((1,), (1, 7, 65, 200)),
+        *itertools.product((None,), (1, 65, 200)),
+    ],
+)
 def test_implementations_agree(window: int | None, length: int) -> None:
     # Each window meets splats in numbers that take turns with the length.
     splats = {1: 16, 7: 2, 63: 1, 64: 0 if window else 2, 65: 16, 200: 2}[length]
     case = draw(length, splats, optional=length in (7, 65, 200), pads=0.1 if length > 1 else 0.0)
     want, state = compiled(window, "reference")(case)
-    for implementation in FAST if window is not None else ("chunked",):
+    # A scan of steps does the same at any length, so it joins in at three of them.
+    for implementation in FAST if window is not None and length in (1, 65, 200) else ("chunked",):
         output, final = compiled(window, implementation)(case)
         assert relative_error(valid_only(case, output), want) < 3e-6
         assert_close(final, state, 1e-5)
 
 
-@pytest.mark.parametrize(("length", "window", "splats"), [(1, 0, 1), (65, 0, 16), (63, 1, 0), (200, 16, 2)])
+@pytest.mark.parametrize(("length", "window", "splats"), [(1, 0, 1), (65, 0, 16), (200, 16, 2)])
 def test_gradients_agree(length: int, window: int, splats: int) -> None:
     case = draw(length, splats, optional=splats == 2, pads=0.1 if length > 1 else 0.0)
     want, gradients = compiled_gradients(window, "reference")(case)
@@ -136,7 +141,7 @@ def test_chunk_size_does_not_matter(window: int) -> None:
 
 @pytest.mark.parametrize(
     ("implementation", "window", "splats"),
-    [*itertools.product(FAST, (0, 3, 32), (3,)), ("reference", 3, 3), ("chunked", 16, 0), ("recurrent", 16, 0)],
+    [*itertools.product(FAST, (0, 3), (3,)), ("reference", 3, 3), ("chunked", 32, 3), ("chunked", 16, 0)],
 )
 def test_split_and_carry_is_the_whole(implementation: str, window: int, splats: int) -> None:
     case = draw(49, splats, pads=0.1, optional=True)
@@ -157,7 +162,7 @@ def test_gradients_cross_a_carried_state() -> None:
     @functools.partial(jax.jit, static_argnums=1)
     def gradient(case: Case, cuts: tuple[int, ...]):
         def loss(*arrays):
-            parts, state, total = Case(*arrays, case.mask), None, 0.0
+            parts, state, total = case._replace(**dict(zip(case._fields, arrays, strict=False))), None, 0.0
             for start, stop in itertools.pairwise(cuts):
                 output, state = compiled(8, "chunked", 16)(parts.slots(start, stop), state)
                 total += jnp.sum(output * jnp.sin(1.0 + jnp.arange(start, stop))[:, None, None])
@@ -224,7 +229,9 @@ def test_future_cannot_change_the_past(implementation: str, window: int, data: s
         return jnp.concatenate([past[:, :cut], future[:, cut:]], axis=1)
 
     changed = Case(
-        *(join(x, size * y) for x, y in zip(case[:3], other[:3], strict=True)),
+        join(case.query, size * other.query),
+        join(case.key, size * other.key),
+        join(case.value, size * other.value),
         case.splats,
         join(case.mask, other.mask),
     )
@@ -367,53 +374,3 @@ def test_default_implementation() -> None:
     token = case.slots(0, 1)
     assert jnp.array_equal(compiled(8)(token, state)[0], compiled(8, "recurrent")(token, state)[0])
     assert jnp.array_equal(compiled(8)(case)[0], compiled(8, "chunked")(case)[0])
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"window": -1}, "window = -1"),
-        ({"window": 2.0}, "window = 2.0"),
-        ({"window": True}, "window = True"),
-        ({"window": 0, "num_splats": 0}, "window = 0 without splats"),
-        ({"key_mask": jnp.ones((2, 6), bool)}, "key_mask"),
-        ({"key_mask": jnp.ones((2, 5))}, "key_mask is float32"),
-        ({"key": jnp.zeros((2, 5, 2, 7))}, "query, key and value have shapes"),
-        ({"key": jnp.zeros((2, 5, 2, 8), jnp.bfloat16)}, "one dtype"),
-        ({"splats": Splats(jnp.zeros((2, 3, 7)), jnp.zeros((2, 3)))}, "splats.centers"),
-        ({"splats": Splats(jnp.zeros((2, 3, 8)), jnp.zeros((2, 4)))}, "splats.log_scales"),
-        ({"splats": Splats(jnp.zeros((2, 3, 8)), jnp.zeros((2, 3)), far_gain=jnp.zeros(3))}, "splats.far_gain"),
-        ({"splats": Splats(jnp.full((2, 3, 8), jnp.nan), jnp.zeros((2, 3)))}, "splats.centers holds"),
-        ({"splats": Splats(jnp.zeros((2, 3, 8)), jnp.full((2, 3), -jnp.inf))}, "splats.log_scales holds"),
-        ({"implementation": "fast"}, "implementation = 'fast'"),
-        ({"implementation": "recurrent", "window": None}, "'recurrent' needs a window"),
-        ({"implementation": "recurrent", "chunk_size": 4}, "chunk_size does nothing"),
-        ({"chunk_size": 0}, "chunk_size = 0"),
-        ({"window": None, "state": {}}, "initial_state needs a window"),
-        ({"state": {"z": jnp.zeros((2, 2, 4))}}, "initial_state.z"),
-        ({"state": {"kv": jnp.zeros((2, 2, 3, 8), jnp.bfloat16)}}, "initial_state.kv is bfloat16"),
-        ({"state": {"key": jnp.zeros((2, 2, 5, 8))}}, "initial_state.key"),
-    ],
-    ids=str,
-)
-def test_bad_input_is_one_clear_line(change: dict, words: str) -> None:
-    change = dict(change)
-    case = draw(5, change.pop("num_splats", 3))
-    arguments = {"query": case.query, "key": case.key, "value": case.value, "splats": case.splats, "window": 4}
-    arguments |= {"key_mask": case.mask}
-    if "state" in change:
-        state = init_splat_state(case.splats, 2, 4, jnp.float32)
-        change["initial_state"] = dataclasses.replace(state, **change.pop("state"))
-    with pytest.raises(InputError, match=words) as error:
-        splat_attention(**(arguments | change))
-    assert "\n" not in str(error.value)
-
-
-def test_concrete_splats_are_checked_while_the_rest_is_traced() -> None:
-    case = draw(5, 2)
-
-    @jax.jit
-    def attend(query):
-        return splat_attention(query, *case[1:4], window=2, key_mask=case.mask)[0]
-
-    assert attend(case.query).shape == case.query.shape

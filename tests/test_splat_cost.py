@@ -111,12 +111,12 @@ def test_decoding_updates_the_window_in_place() -> None:
 
     def decode(splats, state):
         def step(carried):
-            output, state = splat_attention(
-                *[carried[0]] * 3, splats, window=window, key_mask=jnp.ones((1, 1), bool), initial_state=carried[1]
-            )
-            return output, state
+            slot, token, state = carried
+            mask = jnp.ones((1, 1), bool)
+            result = splat_attention(token, token, token, splats, window=window, key_mask=mask, initial_state=state)
+            return slot + 1, *result
 
-        return jax.lax.while_loop(lambda carried: carried[1].length < 100, step, (token, state))
+        return jax.lax.while_loop(lambda carried: carried[0] < 100, step, (0, token, state))
 
     state = init_splat_state(splats, 1, window, jnp.float32)
     analysis = jax.jit(decode, donate_argnums=1).lower(splats, state).compile().memory_analysis()

@@ -111,9 +111,11 @@ def test_a_million_tokens_through_the_recurrent_form(alike: bool) -> None:
     @jax.jit
     def stream(*arrays):
         def step(slot, carried):
-            token = (jax.lax.dynamic_slice_in_dim(x, slot, 1)[None, :, None] for x in arrays)
+            query, key, value = (jax.lax.dynamic_slice_in_dim(x, slot, 1)[None, :, None] for x in arrays)
             mask = jnp.ones((1, 1), bool)
-            return splat_attention(*token, parameters, window=window, key_mask=mask, initial_state=carried[1])
+            return splat_attention(
+                query, key, value, parameters, window=window, key_mask=mask, initial_state=carried[1]
+            )
 
         start = jnp.zeros((1, 1, 1, dim)), init_splat_state(parameters, 1, window, jnp.float32)
         return jax.lax.fori_loop(0, tokens, step, start)

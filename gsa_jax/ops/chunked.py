@@ -27,7 +27,7 @@ chunk reads, would outweigh the chunk's."""
 
 _MAX_CHUNK = 256
 
-_BASE = 8
+_BASE = 4
 """Tokens whose scores through the splats are summed pair by pair, without factors."""
 
 
@@ -82,7 +82,7 @@ def _chunk(
     Of the W + T keys at hand, token t sees key j through the splats if j <= t, and exactly if t < j <= t + W.
     """
     length, window, dtype = query.shape[1], state.key.shape[2], state.z.dtype
-    tokens = key, value
+    following = append_to_window(state, key, value, valid)
     query, key, value = (heads_first(x, valid) for x in (query, key, value))
     keys = jnp.concatenate([state.key, key], axis=2)
     values = jnp.concatenate([state.value, value], axis=2)
@@ -109,9 +109,7 @@ def _chunk(
     denominator = jnp.sum(weights, axis=-1) + jnp.einsum("bhts,bhs->bht", older, state.z)
     output = numerator / jnp.where(denominator > 0, denominator, 1)[..., None]
 
-    following = add_to_sums(state, features, wide_values[:, :, :length], m[:, :, -1])
-    following = append_to_window(following, *tokens, valid)
-    return output.swapaxes(1, 2), following
+    return output.swapaxes(1, 2), add_to_sums(following, features, wide_values[:, :, :length], m[:, :, -1])
 
 
 def _running_maximum(x: jax.Array) -> jax.Array:
