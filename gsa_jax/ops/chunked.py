@@ -1,0 +1,156 @@
+"""Attention through splats in linear time, many tokens at once: training and prefill.
+
+May be changed here: how a chunk is computed. A chunk maps (state, tokens) to (state, outputs); a scan does the rest.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from gsa_jax.ops.splat_state import (
+    FLOOR,
+    Splats,
+    SplatState,
+    add_to_sums,
+    append_to_window,
+    heads_first,
+    key_features,
+    query_features,
+    roll_window,
+)
+
+_CHUNK = 64
+"""Least tokens per chunk by default. A wider window takes chunks of its own width, or the window's keys, which each
+chunk reads, would outweigh the chunk's."""
+
+_MAX_CHUNK = 256
+
+_BASE = 4
+"""Tokens whose scores through the splats are summed pair by pair, without factors."""
+
+
+def chunked(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B T H D"],
+    value: Float[Array, "B T H D"],
+    valid: Bool[Array, "B T"],
+    splats: Splats,
+    state: SplatState,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B T H D"], SplatState]:
+    """A scan over chunks that carries the state: O(W + S) per token, in time and memory, forward and backward.
+
+    The backward pass recomputes each chunk from the state at its start.
+    """
+    batch, length, heads, head_dim = query.shape
+    size = min(chunk_size or min(max(state.key.shape[2], _CHUNK), _MAX_CHUNK), length)
+    count = -(-length // size)
+    state = roll_window(state, -state.length)
+    final = append_to_window(state, key, value, valid)
+
+    def chunks(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def body(state: SplatState, tokens: tuple[jax.Array, ...]) -> tuple[SplatState, jax.Array]:
+        query, key, value, valid, exists = tokens
+        output, state = _chunk(query, key, value, valid, exists, splats, state)
+        return state, output
+
+    # Slots past the end are kept out of the sums; the window they have slid through is the one thing to put right.
+    exists = jnp.arange(count * size).reshape(count, size) < length
+    state, output = jax.lax.scan(body, state, (*map(chunks, (query, key, value, valid)), exists))
+    output = jnp.moveaxis(output, 0, 1).reshape(batch, count * size, heads, head_dim)[:, :length]
+    state = dataclasses.replace(state, key=final.key, value=final.value, valid=final.valid, length=final.length)
+    return output, roll_window(state, state.length)
+
+
+def _chunk(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    valid: jax.Array,
+    exists: jax.Array,
+    splats: Splats,
+    state: SplatState,
+) -> tuple[jax.Array, SplatState]:
+    """Outputs of T tokens and the state after them; the state's window is in the order of time.
+
+    Of the W + T keys at hand, token t sees key j through the splats if j <= t, and exactly if t < j <= t + W.
+    """
+    length, window, dtype = query.shape[1], state.key.shape[2], state.z.dtype
+    following = append_to_window(state, key, value, valid)
+    query, key, value = (heads_first(x, valid) for x in (query, key, value))
+    keys = jnp.concatenate([state.key, key], axis=2)
+    values = jnp.concatenate([state.value, value], axis=2)
+    seen = jnp.concatenate([state.valid, valid], axis=1)
+    query, wide_values = query.astype(dtype), values.astype(dtype)
+
+    features = key_features(splats, keys[:, :, :length].astype(dtype), seen[:, :length] & exists)
+    # The maximum up to each token: one that a later key sets could leave an earlier token with nothing but underflow.
+    m = jnp.maximum(_running_maximum(jax.lax.stop_gradient(features)), state.m[:, :, None, :])
+    far = query_features(splats, query)
+    top = jax.lax.stop_gradient(jnp.max(far + m, axis=-1, initial=FLOOR))
+
+    offset = jnp.arange(window + length) - jnp.arange(length)[:, None]
+    near = jnp.einsum("bhtd,bhkd->bhtk", query, keys.astype(dtype))
+    near = jnp.where((offset > 0) & (offset <= window) & seen[:, None, None, :], near, -jnp.inf)
+    top = jnp.maximum(top, jax.lax.stop_gradient(jnp.max(near, axis=-1)))
+    weights = jnp.exp(near - top[..., None])
+
+    far = far - top[..., None]
+    within = _pairs_within(far, features)
+    weights = weights + jnp.pad(within, [(0, 0)] * 3 + [(0, window)])
+    older = jnp.exp(far + state.m[:, :, None, :])
+    numerator = jnp.einsum("bhtk,bhkd->bhtd", weights, wide_values) + jnp.einsum("bhts,bhsd->bhtd", older, state.kv)
+    denominator = jnp.sum(weights, axis=-1) + jnp.einsum("bhts,bhs->bht", older, state.z)
+    output = numerator / jnp.where(denominator > 0, denominator, 1)[..., None]
+
+    return output.swapaxes(1, 2), add_to_sums(following, features, wide_values[:, :, :length], m[:, :, -1])
+
+
+def _running_maximum(x: jax.Array) -> jax.Array:
+    """`lax.cummax` over the tokens, in two short strides: on CPU, its work is the length of the stride per token."""
+    length = x.shape[2]
+    stride = min(_BASE, length)
+    padded = jnp.pad(x, [(0, 0), (0, 0), (0, -length % stride), (0, 0)], constant_values=-jnp.inf)
+    strides = padded.reshape(*x.shape[:2], padded.shape[2] // stride, stride, x.shape[3])
+    inside = jax.lax.cummax(strides, axis=3)
+    before = jax.lax.cummax(inside[:, :, :-1, -1], axis=2)
+    before = jnp.pad(before, [(0, 0), (0, 0), (1, 0), (0, 0)], constant_values=-jnp.inf)
+    return jnp.maximum(inside, before[:, :, :, None, :]).reshape(padded.shape)[:, :, :length]
+
+
+def _pairs_within(far: jax.Array, features: jax.Array) -> jax.Array:
+    """`[B, H, T, T]`: the sum over splats of `exp(far[t] + features[j])` for j <= t, else 0.
+
+    The sum becomes a matrix product by `exp(far + r) exp(features - r)`, which is only safe if no key after t sets r.
+    So the tokens are halved again and again: the later half reads the earlier one through r = the earlier half's
+    maximum, and what is left at the end are small blocks along the diagonal.
+    """
+    length, num_splats = far.shape[2:]
+    base = min(_BASE, length)
+    count = 1 << (-(-length // base) - 1).bit_length()
+    tail = [(0, 0), (0, 0), (0, count * base - length), (0, 0)]
+    far = jnp.pad(far, tail)
+    features = jnp.pad(features, tail, constant_values=-jnp.inf)
+
+    def blocks(x: jax.Array, *shape: int) -> jax.Array:
+        return x.reshape(*x.shape[:2], *shape, num_splats)
+
+    scores = blocks(far, count, base, 1) + blocks(features, count, 1, base)
+    causal = jnp.tril(jnp.ones((base, base), bool))[..., None]
+    weights = jnp.sum(jnp.exp(jnp.where(causal, scores, -jnp.inf)), axis=-1)
+    while count > 1:
+        count //= 2
+        later = blocks(far, count, 2, base)[:, :, :, 1]
+        earlier = blocks(features, count, 2, base)[:, :, :, 0]
+        maximum = jax.lax.stop_gradient(jnp.max(earlier, axis=3, keepdims=True, initial=FLOOR))
+        across = jnp.einsum("bhnts,bhnks->bhntk", jnp.exp(later + maximum), jnp.exp(earlier - maximum))
+        upper = jnp.pad(weights[:, :, 0::2], [(0, 0)] * 4 + [(0, base)])
+        weights = jnp.concatenate([upper, jnp.concatenate([across, weights[:, :, 1::2]], axis=4)], axis=3)
+        base *= 2
+    return weights[:, :, 0, :length, :length]

@@ -1,0 +1,170 @@
+"""Attention through Gaussian splats: exact for near keys, linear in time for far ones.
+
+May be changed here: what is checked, and which implementation runs by default. The definition is `reference`; the other
+implementations give the same outputs, gradients and states.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float
+
+from gsa_jax.errors import InputError
+from gsa_jax.ops.chunked import chunked
+from gsa_jax.ops.recurrent import recurrent
+from gsa_jax.ops.reference import reference
+from gsa_jax.ops.softmax import causal_attention
+from gsa_jax.ops.splat_state import Splats, SplatState, append_to_window, init_splat_state, roll_window
+
+Implementation = Literal["reference", "chunked", "recurrent"]
+
+
+def splat_attention(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B T H D"],
+    value: Float[Array, "B T H D"],
+    splats: Splats,
+    *,
+    window: int | None,
+    key_mask: Bool[Array, "B T"],
+    initial_state: SplatState | None = None,
+    implementation: Implementation | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B T H D"], SplatState | None]:
+    """Softmax attention over exact scores inside a window and splat scores beyond it, with one normaliser.
+
+    Per head, with S splats of centre c_s and scale sigma_s:
+
+        log phi_s(x) = -|x - c_s|^2 / (2 sigma_s^2)
+        score(i, j)  = q_i . k_j                                              if 0 <= i - j < window
+                     = logsumexp_s(log phi_s(q_i) + log phi_s(k_j) + log a_s)
+                       + beta |k_j|^2 + lambda                                if i - j >= window
+                     = -inf                                                   if j > i, or j is padding
+        out_i        = sum_j softmax_j(score(i, .)) v_j
+
+    The near scores are GPT-Neo's, NOT divided by sqrt(D). Distances i - j count slots, padding included, and go on
+    across `initial_state`. Scores, sums and state are float32 whatever the inputs are.
+
+    Far scores are sums over S features of the query times features of the key, so keys that leave the window are added
+    to a state of constant size. Cost: O(window + S) per token, in time and memory, forward and backward; O(T^2) for
+    `implementation="reference"` and wherever the window holds everything.
+
+    Float32 rounds a far score by about 1e-7 * (|x|^2 + |x| |c|) / sigma^2, x being a query or key: nothing for scales
+    near the norms, visible where scales are far smaller and several far keys compete. Sums are taken relative to
+    maxima per splat and per query, never clamped, so that scores of any size give finite results and gradients.
+
+    Args:
+        window: tokens seen exactly, the query's own included. `None`: all of them, and 0: none, so that even the
+            query's own token is seen through the splats. A window that holds all tokens, without `initial_state`, takes
+            the path of `causal_attention`, bit for bit.
+        key_mask: False for padding, anywhere. Padding contributes nothing to outputs, state or gradients, whatever
+            finite numbers it holds. Its own output is 0, or arbitrary and finite where the window holds everything.
+        initial_state: what an earlier call returned for the tokens before these.
+        implementation: `None` is "recurrent" for one token that continues a state, otherwise "chunked".
+        chunk_size: tokens per chunk of "chunked"; affects speed and memory, results only in rounding.
+
+    Returns:
+        The output, in the dtype of `value`, and the state after the last token; no state for `window=None`.
+
+    Raises:
+        InputError: an argument has a wrong value, shape or dtype, or splats are not finite (which can be seen only
+            outside of `jit`).
+    """
+    _check_inputs(query, key, value, splats, window, key_mask)
+    _check_choices(window, initial_state, implementation, chunk_size)
+    batch, length = key_mask.shape
+    if implementation is None:
+        implementation = "recurrent" if length == 1 and initial_state is not None else "chunked"
+    holds_all = window is None or (initial_state is None and window >= length)
+
+    if holds_all and implementation == "chunked":
+        output = causal_attention(query, key, value, key_mask)
+        if window is None:
+            return output, None
+        state = init_splat_state(splats, batch, window, key.dtype)
+        return output, roll_window(append_to_window(state, key, value, key_mask), length)
+
+    state = init_splat_state(splats, batch, length if window is None else window, key.dtype)
+    if initial_state is not None:
+        _check_state(initial_state, state)
+        state = initial_state
+    if implementation == "chunked":
+        output, state = chunked(query, key, value, key_mask, splats, state, chunk_size)
+    else:
+        run = {"reference": reference, "recurrent": recurrent}[implementation]
+        output, state = run(query, key, value, key_mask, splats, state)
+    output = jnp.where(key_mask[:, :, None, None], output, 0).astype(value.dtype)
+    return output, None if window is None else state
+
+
+def _check_inputs(
+    query: jax.Array, key: jax.Array, value: jax.Array, splats: Splats, window: int | None, key_mask: jax.Array
+) -> None:
+    if not (query.ndim == 4 and query.shape == key.shape == value.shape and query.shape[1] > 0):
+        raise InputError(
+            f"query, key and value have shapes {query.shape}, {key.shape} and {value.shape}; "
+            "give each the same [batch, tokens, heads, head_dim], with at least one token"
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise InputError(
+            f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; cast them to one dtype"
+        )
+    if key_mask.shape != query.shape[:2] or key_mask.dtype != bool:
+        raise InputError(
+            f"key_mask is {key_mask.dtype}{list(key_mask.shape)}; give bool{list(query.shape[:2])}, False for padding"
+        )
+    heads, head_dim = query.shape[2:]
+    if splats.centers.ndim != 3 or splats.centers.shape[::2] != (heads, head_dim):
+        raise InputError(f"splats.centers has shape {splats.centers.shape}; give [{heads} heads, splats, {head_dim}]")
+    per_splat = splats.centers.shape[:2]
+    expected = {
+        "log_scales": per_splat,
+        "log_amplitudes": per_splat,
+        "key_norm_gain": (heads,),
+        "far_gain": (heads,),
+    }
+    for name, shape in expected.items():
+        array = getattr(splats, name)
+        if array is not None and array.shape != shape:
+            raise InputError(f"splats.{name} has shape {array.shape}; give {shape}, as splats.centers has")
+    for field in dataclasses.fields(splats):
+        array = getattr(splats, field.name)
+        if array is None or isinstance(array, Tracer):
+            continue
+        if not np.all(np.isfinite(np.asarray(array))):
+            raise InputError(f"splats.{field.name} holds numbers that are not finite; train or load it again")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 0):
+        raise InputError(f"window = {window!r}; give a number of tokens >= 0, or None for all of them")
+    if window == 0 and per_splat[1] == 0:
+        raise InputError("window = 0 without splats leaves nothing to attend to; give a window or splats")
+
+
+def _check_choices(
+    window: int | None, initial_state: SplatState | None, implementation: str | None, chunk_size: int | None
+) -> None:
+    if implementation not in (None, "reference", "chunked", "recurrent"):
+        raise InputError(f"implementation = {implementation!r}; give 'reference', 'chunked', 'recurrent' or None")
+    if window is None and initial_state is not None:
+        raise InputError("initial_state needs a window: with window = None all keys are seen exactly, give a number")
+    if window is None and implementation == "recurrent":
+        raise InputError("implementation = 'recurrent' needs a window: give a number of tokens, or implementation None")
+    if chunk_size is None:
+        return
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+        raise InputError(f"chunk_size = {chunk_size!r}; give a number of tokens >= 1, or None")
+    if implementation not in (None, "chunked"):
+        raise InputError(f"chunk_size does nothing for implementation = {implementation!r}; leave it out")
+
+
+def _check_state(state: SplatState, expected: SplatState) -> None:
+    for field in dataclasses.fields(expected):
+        got, want = getattr(state, field.name), getattr(expected, field.name)
+        if got.shape != want.shape or got.dtype != want.dtype:
+            raise InputError(
+                f"initial_state.{field.name} is {got.dtype}{list(got.shape)} where {want.dtype}{list(want.shape)} "
+                "belongs; start from init_splat_state with the same splats, batch, window and dtype"
+            )
