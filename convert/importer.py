@@ -61,7 +61,7 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
-    num_splats: int | None = None,
+    splats: SplatConfig | None = None,
     dtype: str | None = None,
     allow_nonfinite: bool = False,
     progress: Progress = iter,
@@ -73,7 +73,7 @@ def convert(
     Args:
         source: a Hugging Face folder, or a hub id.
         out: the checkpoint folder to make; must not exist.
-        num_splats: splats per head to attach to a source that has none; they start at random (seed 0).
+        splats: to attach to a source that has none; they start at random (seed 0), `gsa_jax.fit_init` fits them.
         dtype: of the parameters; as the source stores them if None.
         allow_nonfinite: accept NaN and infinite weights.
         progress: wraps the names of the tensors while they are read.
@@ -92,7 +92,7 @@ def convert(
         files = {tensor.file for tensor in opened.tensors.values()}
         raise InputError(f"{files.pop() if len(files) == 1 else opened.folder}: {error}") from None
     _check_dtypes(opened, planned)
-    config, attached = _attach(planned.config, num_splats, dtype or _common_dtype(opened, planned))
+    config, attached = _attach(planned.config, splats, dtype or _common_dtype(opened, planned))
     stored = [opened.tensors[name] for name in planned.sources.values()]
     needed = sum(tensor.size * jnp.dtype(dtype or tensor.dtype).itemsize for tensor in stored)
     with new_folder(out, needed_bytes=needed) as staging:
@@ -159,22 +159,23 @@ def _common_dtype(opened: Source, planned: Plan) -> str:
     return max(DTYPES, key=dtypes.count)
 
 
-def _attach(config: GPTNeoConfig, num_splats: int | None, dtype: str) -> tuple[GPTNeoConfig, dict[str, np.ndarray]]:
+def _attach(config: GPTNeoConfig, splats: SplatConfig | None, dtype: str) -> tuple[GPTNeoConfig, dict[str, np.ndarray]]:
     """Adds new splats to a configuration without any: the configuration, and the parameters it gained."""
-    if num_splats is None:
+    if splats is None:
         return config, {}
     if config.splats is not None:
         raise InputError(
-            f"--num-splats {num_splats}: the source carries {config.splats.num_splats} splats per head already; "
-            "leave the option out to import them"
+            f"the source carries {config.splats.num_splats} splats per head already, {splats.num_splats} cannot be "
+            "attached; leave the options of splats out to import its own"
         )
-    config = dataclasses.replace(config, splats=SplatConfig(num_splats=num_splats))
+    if splats.num_splats == 0:
+        raise InputError("num_splats = 0: attach one splat at least, or leave the option out")
+    config = dataclasses.replace(config, splats=splats)
     tensors = {}
-    for layer, key in enumerate(jax.random.split(jax.random.key(0), config.num_layers)):
-        centers, log_scales = init_splats(key, config, jnp.dtype(dtype))
-        prefix = f"transformer.h.{layer}.attn.attention"
-        tensors[f"{prefix}.splat_centers"] = np.asarray(centers)
-        tensors[f"{prefix}.splat_log_scales"] = np.asarray(log_scales)
+    for layer in config.splat_layers:
+        new = init_splats(jax.random.fold_in(jax.random.key(0), layer), config, jnp.dtype(dtype))
+        for name, tensor in new.items():
+            tensors[f"transformer.h.{layer}.attn.attention.{name}"] = np.asarray(tensor)
     return config, tensors
 
 

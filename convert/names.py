@@ -145,9 +145,13 @@ def _add(names: dict[str, str], name: str, source: str) -> None:
 
 
 def _with_splats(config: GPTNeoConfig, shapes: Mapping[str, tuple[int, ...]]) -> GPTNeoConfig:
-    centers = next((shape for name, shape in shapes.items() if name.endswith(".splat_centers")), None)
-    if centers is None or config.splats is not None:
+    """The configuration with the splats that tensors of these names and shapes are, if it does not name any itself."""
+    shape = next((shape for name, shape in shapes.items() if name.endswith(".splat_centers")), None)
+    if shape is None or config.splats is not None:
         return config
-    if len(centers) != 3 or not centers[1]:
-        raise InputError(f"splat centres have shape {list(centers)}, expected [num_heads, num_splats, head_dim]")
-    return dataclasses.replace(config, splats=SplatConfig(num_splats=centers[1]))
+    if len(shape) != 3 or not shape[1]:
+        raise InputError(f"splat centres have shape {list(shape)}, expected [num_heads, num_splats, head_dim]")
+    matches = [_IN_ATTENTION.fullmatch(name) for name in shapes]
+    layers = {int(match[1]) for match in matches if match and match[2].startswith("splat_")}
+    splats = SplatConfig(num_splats=shape[1], layers="all" if len(layers) == config.num_layers else tuple(layers))
+    return dataclasses.replace(config, splats=splats)

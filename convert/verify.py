@@ -83,6 +83,7 @@ def verify(source: str | Path, checkpoint: str | Path, *, text: Path | None = No
     """
     opened = open_source(source)
     config, tensors = load_tensors(checkpoint)
+    config = config.with_window(None)  # with all keys exact, whatever the checkpoint is used with
     planned = plan(opened.config, {name: tensor.shape for name, tensor in opened.tensors.items()})
     if dataclasses.replace(planned.config, splats=config.splats) != config:
         raise InputError(f"{checkpoint}: has another configuration than {opened.folder}; was it converted from there?")

@@ -6,13 +6,11 @@ May be changed here: projections and head bookkeeping (`GPTNeoSelfAttention`), a
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from gsa_jax.cache import LayerCache
-from gsa_jax.config import GPTNeoConfig
-from gsa_jax.errors import InputError
+from gsa_jax.config import OPTIONAL_TERMS, GPTNeoConfig
 from gsa_jax.layers import Linear
-from gsa_jax.ops import causal_attention, single_query_attention
+from gsa_jax.ops import Splats, SplatState, no_splats, splat_attention
 from gsa_jax.splats import init_splats
 
 
@@ -22,14 +20,14 @@ class GPTNeoSelfAttention(nnx.Module):
     def __init__(
         self,
         config: GPTNeoConfig,
-        kind: str,
+        layer: int,
         *,
         dtype: jax.typing.DTypeLike,
         param_dtype: jax.typing.DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         self.num_heads = config.num_heads
-        self.window = config.window_size if kind == "local" else None
+        self.window = config.windows[layer]
 
         def projection(use_bias: bool) -> Linear:
             return Linear(
@@ -51,31 +49,32 @@ class GPTNeoSelfAttention(nnx.Module):
         self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"]
     ) -> Float[Array, "B T E"]:
         """Attends over the whole sequence."""
-        query, key, value = self._project(hidden_states)
-        return self._merge(self._attn(query, key, value, attention_mask))
+        context, _ = self._attn(*self.project(hidden_states), attention_mask, self.window)
+        return self._merge(context)
 
     def prefill(
-        self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"], cache: LayerCache
-    ) -> tuple[Float[Array, "B T E"], LayerCache]:
-        """The same, for slots 0 .. T-1 of a sequence that decoding will go on with."""
-        query, key, value = self._project(hidden_states)
-        return self._merge(self._attn(query, key, value, attention_mask)), cache.fill(key, value)
+        self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"], capacity: int
+    ) -> tuple[Float[Array, "B T E"], SplatState]:
+        """The same, for the first T of at most `capacity` slots: also gives the state that `extend` goes on with."""
+        window = capacity if self.window is None else min(self.window, capacity)
+        context, state = self._attn(*self.project(hidden_states), attention_mask, window)
+        assert state is not None, "a finite window has a state"
+        return self._merge(context), state
 
-    def decode(
-        self,
-        hidden_states: Float[Array, "B 1 E"],
-        cache_mask: Bool[Array, "B L"],
-        slot: Int[Array, ""],
-        cache: LayerCache,
-    ) -> tuple[Float[Array, "B 1 E"], LayerCache]:
-        """Attends from the one token at `slot` over the cache and itself, then enters the cache."""
-        query, key, value = self._project(hidden_states)
-        context = single_query_attention(
-            query[:, 0], key[:, 0], value[:, 0], cache.key, cache.value, cache.visible(cache_mask, slot)
-        )
-        return self._merge(context[:, None]), cache.append(key, value, slot)
+    def extend(
+        self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"], state: SplatState
+    ) -> tuple[Float[Array, "B T E"], SplatState]:
+        """The next T tokens."""
+        window = state.key.shape[2]
+        context, following = self._attn(*self.project(hidden_states), attention_mask, window, state)
+        assert following is not None, "a finite window has a state"
+        return self._merge(context), following
 
-    def _project(self, hidden_states: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(
+        self, hidden_states: Float[Array, "B T E"]
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H D"], Float[Array, "B T H D"]]:
+        """Queries, keys and values."""
+
         def heads(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
@@ -90,40 +89,42 @@ class GPTNeoSelfAttention(nnx.Module):
         key: Float[Array, "B T H D"],
         value: Float[Array, "B T H D"],
         attention_mask: Bool[Array, "B T"],
-    ) -> Float[Array, "B T H D"]:
-        return causal_attention(query, key, value, attention_mask, window=self.window)
+        window: int | None,
+        initial_state: SplatState | None = None,
+    ) -> tuple[Float[Array, "B T H D"], SplatState | None]:
+        splats = no_splats(self.num_heads, query.shape[-1])
+        return splat_attention(
+            query, key, value, splats, window=window, key_mask=attention_mask, initial_state=initial_state
+        )
 
 
 class GSASelfAttention(GPTNeoSelfAttention):
-    """Attention that carries Gaussian splats: centres `[H, S, D]` and logarithms of their scales `[H, S]`.
+    """Attention that carries Gaussian splats: centres `[H, S, D]`, logarithms of their scales `[H, S]`, optional terms.
 
-    With an infinite window (the default) the splats are attached and unused: every key attends exactly, and the result
-    is bit for bit that of `GPTNeoSelfAttention`.
-
-    Raises:
-        InputError: the window is finite, which is not implemented yet.
+    With a finite `config.splats.window`, what lies beyond the window is seen through the splats. With an infinite one
+    the splats are attached and unused, and the result is bit for bit that of `GPTNeoSelfAttention`.
     """
 
     def __init__(
         self,
         config: GPTNeoConfig,
-        kind: str,
+        layer: int,
         *,
         dtype: jax.typing.DTypeLike,
         param_dtype: jax.typing.DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(config, kind, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        splats = config.splats
-        assert splats is not None, "GSASelfAttention needs config.splats"
-        if splats.window is not None:
-            raise InputError(
-                f"splats.window = {splats.window}: attention through splats is not implemented yet; "
-                "use window = None (exact attention, splats attached)"
-            )
-        centers, log_scales = init_splats(rngs.params(), config, param_dtype)
-        self.splat_centers = nnx.Param(centers)
-        self.splat_log_scales = nnx.Param(log_scales)
+        super().__init__(config, layer, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        assert config.splats is not None, "GSASelfAttention needs config.splats"
+        self.through_splats = config.splats.window is not None
+        for name, parameter in init_splats(rngs.params(), config, param_dtype).items():
+            setattr(self, name, nnx.Param(parameter))
+
+    @property
+    def splats(self) -> Splats:
+        """The parameters as the op takes them."""
+        parameters = {name: getattr(self, f"splat_{name}", None) for name in ("centers", "log_scales", *OPTIONAL_TERMS)}
+        return Splats(**{name: None if value is None else value[...] for name, value in parameters.items()})
 
     def _attn(
         self,
@@ -131,8 +132,14 @@ class GSASelfAttention(GPTNeoSelfAttention):
         key: Float[Array, "B T H D"],
         value: Float[Array, "B T H D"],
         attention_mask: Bool[Array, "B T"],
-    ) -> Float[Array, "B T H D"]:
-        return super()._attn(query, key, value, attention_mask)
+        window: int | None,
+        initial_state: SplatState | None = None,
+    ) -> tuple[Float[Array, "B T H D"], SplatState | None]:
+        if not self.through_splats:
+            return super()._attn(query, key, value, attention_mask, window, initial_state)
+        return splat_attention(
+            query, key, value, self.splats, window=window, key_mask=attention_mask, initial_state=initial_state
+        )
 
 
 class GPTNeoAttention(nnx.Module):
@@ -141,11 +148,12 @@ class GPTNeoAttention(nnx.Module):
     def __init__(
         self,
         config: GPTNeoConfig,
-        kind: str,
+        layer: int,
         *,
         dtype: jax.typing.DTypeLike,
         param_dtype: jax.typing.DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        attention = GPTNeoSelfAttention if config.splats is None else GSASelfAttention
-        self.attention = attention(config, kind, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        has_splats = config.splats is not None and config.splats.num_splats > 0 and layer in config.splat_layers
+        attention = GSASelfAttention if has_splats else GPTNeoSelfAttention
+        self.attention = attention(config, layer, dtype=dtype, param_dtype=param_dtype, rngs=rngs)

@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -165,13 +165,21 @@ def load(
     dtype: jax.typing.DTypeLike = jnp.float32,
     param_dtype: jax.typing.DTypeLike | None = None,
     remat: bool = False,
+    window: int | Literal["all"] | None = None,
 ) -> GPTNeoForCausalLM:
     """The model of a checkpoint folder; arguments as for `build_model`.
 
+    Args:
+        window: tokens that splat layers attend to exactly, instead of as many as the checkpoint says; `"all"` makes
+            them exact, 0 leaves them nothing but splats.
+
     Raises:
-        InputError: the folder is not a checkpoint, is damaged, or its tensors do not fit its configuration.
+        InputError: the folder is not a checkpoint, is damaged, or its tensors do not fit its configuration; or it has
+            no splats and the window is finite.
     """
     config, tensors = load_tensors(folder)
+    if window is not None:
+        config = config.with_window(None if window == "all" else window)
     return build_model(config, tensors, dtype=dtype, param_dtype=param_dtype, remat=remat)
 
 

@@ -33,21 +33,52 @@ def _require_probability(name: str, value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplatConfig:
-    """Gaussian splats of every attention layer.
+    """Attention through Gaussian splats: where, how many, and which terms of the far score are parameters.
 
     Attributes:
-        num_splats: splats per head, S >= 1.
-        window: tokens that attend exactly, W; `None` is an infinite window, i.e. plain softmax attention with the
-            splats attached and unused.
+        num_splats: splats per head, S >= 0; 0 leaves the window alone.
+        window: tokens that attend exactly, W >= 0, the query's own included; `None` is an infinite window, i.e. plain
+            softmax attention with the splats attached and unused.
+        layers: `"global"` for the global ones, `"all"`, or their numbers. A local layer reaches beyond its own window
+            through splats, as a global one does, once `window` is finite.
+        log_amplitudes: each splat has an amplitude.
+        key_norm_gain: each head weighs the squared norm of far keys.
+        far_gain: each head weighs far keys against near ones.
     """
 
     num_splats: int
     window: int | None = None
+    layers: str | tuple[int, ...] = "global"
+    log_amplitudes: bool = False
+    key_norm_gain: bool = False
+    far_gain: bool = False
 
     def __post_init__(self) -> None:
-        _require_int("num_splats", self.num_splats, 1)
+        _require_int("num_splats", self.num_splats, 0)
         if self.window is not None:
             _require_int("window", self.window, 0)
+        if self.num_splats == 0 and self.window == 0:
+            raise InputError("num_splats = 0 with window = 0 leaves nothing to attend to; raise one of the two")
+        if isinstance(self.layers, list | tuple):
+            for layer in self.layers:
+                _require_int("layers", layer, 0)
+            object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        elif self.layers not in ("all", "global"):
+            raise InputError(f"layers = {self.layers!r}: must be 'all', 'global' or a list of layer numbers")
+        for name in OPTIONAL_TERMS:
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} = {getattr(self, name)!r}: must be true or false")
+
+
+OPTIONAL_TERMS = ("log_amplitudes", "key_norm_gain", "far_gain")
+"""Terms of the far score that `SplatConfig` can make parameters; named as in `gsa_jax.ops.Splats`."""
+
+SPLAT_PRESETS = {
+    "hybrid": SplatConfig(num_splats=64, window=64),
+    "seed-phase1": SplatConfig(num_splats=2, window=0, layers="all"),
+}
+"""The recommended configuration; and that of the PyTorch prototype, whose two splats replace the products of queries
+and keys in every layer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,11 +152,46 @@ class GPTNeoConfig:
         described = sum(len(pattern) * repeats for pattern, repeats in self.attention_types)
         if described != self.num_layers:
             raise InputError(f"attention_types describes {described} layers, num_layers = {self.num_layers}")
+        if self.splats is not None and not self.splat_layers:
+            raise InputError(f"splats.layers = {self.splats.layers!r}: the model has no such layer")
+        if any(layer >= self.num_layers for layer in self.splat_layers):
+            raise InputError(f"splats.layers = {self.splats.layers!r}: the model has {self.num_layers} layers")
 
     @property
     def attention_layers(self) -> tuple[str, ...]:
         """`"global"` or `"local"` for each layer."""
         return tuple(kind for pattern, repeats in self.attention_types for _ in range(repeats) for kind in pattern)
+
+    @property
+    def splat_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have splats."""
+        if self.splats is None:
+            return ()
+        if isinstance(self.splats.layers, tuple):
+            return self.splats.layers
+        return tuple(n for n, kind in enumerate(self.attention_layers) if self.splats.layers in ("all", kind))
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Tokens that each layer attends to exactly, the query's own included; `None` for all of the past."""
+        kinds = {"global": None, "local": self.window_size}
+        windows = [kinds[kind] for kind in self.attention_layers]
+        if self.splats is not None and self.splats.window is not None:
+            for layer in self.splat_layers:
+                windows[layer] = self.splats.window
+        return tuple(windows)
+
+    def with_window(self, window: int | None) -> GPTNeoConfig:
+        """The same model with another exact window of its splat layers.
+
+        Raises:
+            InputError: the window is finite and there are no splats to attend through.
+        """
+        if self.splats is None:
+            if window is None:
+                return self
+            raise InputError(f"window = {window}: the model has no splats; attach and fit them first: gsa fit-init")
+        return dataclasses.replace(self, splats=dataclasses.replace(self.splats, window=window))
 
     @property
     def head_dim(self) -> int:

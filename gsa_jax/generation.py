@@ -3,14 +3,15 @@
 May be changed here: the loop and its buckets. How a token is chosen is in `gsa_jax.sampling`, what is remembered in
 `gsa_jax.cache`.
 
-Prompts are padded on the left to a length bucket, so a new prompt compiles nothing as long as its bucket is known.
+Prompts are padded on the left to a length bucket, so a new prompt compiles nothing as long as its bucket is known. A
+long prompt is read in chunks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,9 @@ from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.sampling import Greedy, Sampler
 
 _SMALLEST_PROMPT_BUCKET = 16
+_CHUNK = 1024
+"""Tokens of a prompt that are read at once; a longer prompt takes several passes of the same program."""
+
 _NEW_TOKENS_BUCKET = 64
 
 
@@ -52,24 +56,22 @@ class _State:
     key: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "cache_length", "room"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "capacity"))
 def _prefill(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
-    input_ids: jax.Array,
-    attention_mask: jax.Array,
-    key: jax.Array,
-    *,
-    cache_length: int,
-    room: int,
-) -> _State:
-    model = nnx.merge(graphdef, params)
-    logits, cache = model.prefill(input_ids, attention_mask, cache_length)
-    batch = input_ids.shape[0]
-    tokens = jnp.zeros((batch, room), jnp.int32)
-    return _State(cache, logits, tokens, jnp.zeros((), jnp.int32), jnp.zeros((batch,), bool), key)
+    graphdef: nnx.GraphDef, params: nnx.State, input_ids: jax.Array, attention_mask: jax.Array, *, capacity: int
+) -> tuple[jax.Array, Cache]:
+    return nnx.merge(graphdef, params).prefill(input_ids, attention_mask, capacity)
 
 
+@functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("cache",))
+def _extend(
+    graphdef: nnx.GraphDef, params: nnx.State, input_ids: jax.Array, attention_mask: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    return nnx.merge(graphdef, params).extend(input_ids, attention_mask, cache)
+
+
+# The state is donated: without that, every call would copy the cache once.
+@functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
 def _decode(
     graphdef: nnx.GraphDef,
     params: nnx.State,
@@ -89,19 +91,10 @@ def _decode(
         token = sampler(state.logits, jax.random.fold_in(state.key, state.step))
         token = jnp.where(state.done, pad_token_id, token)
         tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step))
-        logits, cache = model.decode(token, state.cache)
+        logits, cache = model.extend(token[:, None], jnp.ones_like(token[:, None], bool), state.cache)
         return _State(cache, logits, tokens, state.step + 1, state.done | (token == eos_token_id), state.key)
 
     return jax.lax.while_loop(unfinished, advance, state)
-
-
-@functools.cache
-def _jitted_decode(on_cpu_in_float32: bool) -> Callable[..., _State]:
-    # In float32 on CPU, XLA copies the caches at each step unless it may look at which parts are read and written: with
-    # a prompt of 1,024 tokens that made decoding 1.15 times slower. In bfloat16 it was the option that did.
-    options = {"xla_cpu_copy_insertion_use_region_analysis": True} if on_cpu_in_float32 else None
-    # The state is donated: without that, every call would copy the caches once.
-    return jax.jit(_decode, static_argnames=("graphdef",), donate_argnames=("state",), compiler_options=options)
 
 
 def generate_stream(
@@ -123,20 +116,17 @@ def generate_stream(
     input_ids, attention_mask = _pad_left(prompts)
     room = _round_up(max_new_tokens, _NEW_TOKENS_BUCKET)
     graphdef, params = nnx.split(model)
-    state = _prefill(
-        graphdef,
-        params,
-        input_ids,
-        attention_mask,
-        jax.random.key(seed),
-        cache_length=input_ids.shape[1] + room,
-        room=room,
-    )
-    decode = _jitted_decode(jax.default_backend() == "cpu" and jnp.dtype(model.dtype) == jnp.float32)
+    capacity = _capacity(model.config, input_ids.shape[1] + room)
+    logits, cache = _prefill(graphdef, params, input_ids[:, :_CHUNK], attention_mask[:, :_CHUNK], capacity=capacity)
+    for start in range(_CHUNK, input_ids.shape[1], _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        logits, cache = _extend(graphdef, params, input_ids[:, chunk], attention_mask[:, chunk], cache)
+    tokens, done = jnp.zeros((len(prompts), room), jnp.int32), jnp.zeros((len(prompts),), bool)
+    state = _State(cache, logits, tokens, jnp.zeros((), jnp.int32), done, jax.random.key(seed))
     written = 0
     while written < max_new_tokens:
         stop = min(written + tokens_per_step, max_new_tokens)
-        state = decode(graphdef, params, state, sampler or Greedy(), jnp.int32(stop), jnp.int32(eos), jnp.int32(pad))
+        state = _decode(graphdef, params, state, sampler or Greedy(), jnp.int32(stop), jnp.int32(eos), jnp.int32(pad))
         step = int(state.step)
         yield np.asarray(state.tokens)[:, written:step]  # sliced on the host, where it compiles nothing
         if step < stop or bool(jnp.all(state.done)):
@@ -207,12 +197,19 @@ def _check_request(config: GPTNeoConfig, prompts: Sequence[Sequence[int]], max_n
 def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     longest = max(len(prompt) for prompt in prompts)
     bucket = max(_SMALLEST_PROMPT_BUCKET, 1 << (longest - 1).bit_length())
+    bucket = bucket if bucket <= _CHUNK else _round_up(longest, _CHUNK)
     input_ids = np.zeros((len(prompts), bucket), np.int32)
     attention_mask = np.zeros((len(prompts), bucket), bool)
     for row, prompt in enumerate(prompts):
         input_ids[row, bucket - len(prompt) :] = prompt
         attention_mask[row, bucket - len(prompt) :] = True
     return input_ids, attention_mask
+
+
+def _capacity(config: GPTNeoConfig, slots: int) -> int:
+    """Room for `slots`, or as much as any layer can use, so that no other number of slots compiles anything."""
+    windows = [slots if window is None else window for window in config.windows]
+    return min(slots, max(windows))
 
 
 def _round_up(number: int, step: int) -> int:

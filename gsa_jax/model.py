@@ -14,15 +14,19 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.attention import GPTNeoAttention
-from gsa_jax.cache import Cache, LayerCache, init_cache
+from gsa_jax.cache import Cache
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.layers import ACTIVATION_FUNCTIONS, Linear
-from gsa_jax.ops import linear
+from gsa_jax.ops import SplatState, linear
 
 
 def positions_from_mask(attention_mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     """Position of each token among the real ones of its row; padding gets a neighbour's, which is never looked at."""
     return jnp.maximum(jnp.cumsum(attention_mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def _count(attention_mask: Bool[Array, "B T"]) -> Int[Array, " B"]:
+    return jnp.sum(attention_mask, axis=1, dtype=jnp.int32)
 
 
 def _layer_norm(config: GPTNeoConfig, dtype: jax.typing.DTypeLike, param_dtype: jax.typing.DTypeLike) -> nnx.LayerNorm:
@@ -73,14 +77,14 @@ class GPTNeoBlock(nnx.Module):
     def __init__(
         self,
         config: GPTNeoConfig,
-        kind: str,
+        layer: int,
         *,
         dtype: jax.typing.DTypeLike,
         param_dtype: jax.typing.DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         self.ln_1 = _layer_norm(config, dtype, param_dtype)
-        self.attn = GPTNeoAttention(config, kind, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.attn = GPTNeoAttention(config, layer, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.ln_2 = _layer_norm(config, dtype, param_dtype)
         self.mlp = GPTNeoMLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
@@ -90,20 +94,16 @@ class GPTNeoBlock(nnx.Module):
         return self._finish(hidden_states, self.attn.attention(self.ln_1(hidden_states), attention_mask))
 
     def prefill(
-        self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"], cache: LayerCache
-    ) -> tuple[Float[Array, "B T E"], LayerCache]:
-        context, cache = self.attn.attention.prefill(self.ln_1(hidden_states), attention_mask, cache)
-        return self._finish(hidden_states, context), cache
+        self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"], capacity: int
+    ) -> tuple[Float[Array, "B T E"], SplatState]:
+        context, state = self.attn.attention.prefill(self.ln_1(hidden_states), attention_mask, capacity)
+        return self._finish(hidden_states, context), state
 
-    def decode(
-        self,
-        hidden_states: Float[Array, "B 1 E"],
-        cache_mask: Bool[Array, "B L"],
-        slot: Int[Array, ""],
-        cache: LayerCache,
-    ) -> tuple[Float[Array, "B 1 E"], LayerCache]:
-        context, cache = self.attn.attention.decode(self.ln_1(hidden_states), cache_mask, slot, cache)
-        return self._finish(hidden_states, context), cache
+    def extend(
+        self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"], state: SplatState
+    ) -> tuple[Float[Array, "B T E"], SplatState]:
+        context, state = self.attn.attention.extend(self.ln_1(hidden_states), attention_mask, state)
+        return self._finish(hidden_states, context), state
 
     def _finish(self, residual: jax.Array, context: jax.Array) -> jax.Array:
         hidden_states = residual + context
@@ -138,8 +138,8 @@ class GPTNeoModel(nnx.Module):
         self.wpe = embedding(config.max_position_embeddings)
         self.h = nnx.List(
             [
-                GPTNeoBlock(config, kind, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-                for kind in config.attention_layers
+                GPTNeoBlock(config, layer, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+                for layer in range(config.num_layers)
             ]
         )
         self.ln_f = _layer_norm(config, dtype, param_dtype)
@@ -157,34 +157,32 @@ class GPTNeoModel(nnx.Module):
         return self.ln_f(hidden_states)
 
     def prefill(
-        self, input_ids: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], cache: Cache
+        self, input_ids: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], capacity: int
     ) -> tuple[Float[Array, "B T E"], Cache]:
         hidden_states = self.wte(input_ids) + self.wpe(positions_from_mask(attention_mask))
-        layers = []
-        for block, layer_cache in zip(self.h, cache.layers, strict=True):
-            hidden_states, layer_cache = block.prefill(hidden_states, attention_mask, layer_cache)
-            layers.append(layer_cache)
-        length = input_ids.shape[1]
-        mask = cache.mask.at[:, :length].set(attention_mask)
-        return self.ln_f(hidden_states), Cache(tuple(layers), mask, jnp.full_like(cache.length, length))
+        states = []
+        for block in self.h:
+            hidden_states, state = block.prefill(hidden_states, attention_mask, capacity)
+            states.append(state)
+        return self.ln_f(hidden_states), Cache(tuple(states), _count(attention_mask))
 
-    def decode(self, input_ids: Int[Array, "B 1"], cache: Cache) -> tuple[Float[Array, "B 1 E"], Cache]:
-        slot = cache.length
-        positions = jnp.sum(cache.mask, axis=1, keepdims=True, dtype=jnp.int32)
-        mask = jax.lax.dynamic_update_slice(cache.mask, jnp.ones_like(input_ids, bool), (0, slot))
+    def extend(
+        self, input_ids: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], cache: Cache
+    ) -> tuple[Float[Array, "B T E"], Cache]:
+        positions = cache.tokens[:, None] + positions_from_mask(attention_mask)
         hidden_states = self.wte(input_ids) + self.wpe(positions)
-        layers = []
-        for block, layer_cache in zip(self.h, cache.layers, strict=True):
-            hidden_states, layer_cache = block.decode(hidden_states, mask, slot, layer_cache)
-            layers.append(layer_cache)
-        return self.ln_f(hidden_states), Cache(tuple(layers), mask, slot + 1)
+        states = []
+        for block, state in zip(self.h, cache.layers, strict=True):
+            hidden_states, state = block.extend(hidden_states, attention_mask, state)
+            states.append(state)
+        return self.ln_f(hidden_states), Cache(tuple(states), cache.tokens + _count(attention_mask))
 
 
 class GPTNeoForCausalLM(nnx.Module):
     """GPT-Neo with its tied language-modelling head.
 
     Args:
-        config: shape of the model; with `config.splats` every attention carries splat parameters.
+        config: shape of the model; with `config.splats` its splat layers carry splat parameters.
         dtype: of the computation.
         param_dtype: of the parameters.
         remat: recompute each block in the backward pass instead of keeping its activations.
@@ -226,17 +224,27 @@ class GPTNeoForCausalLM(nnx.Module):
         return self._logits(self.transformer(input_ids, attention_mask, positions))
 
     def prefill(
-        self, input_ids: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], cache_length: int
+        self, input_ids: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], capacity: int
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Reads left-padded prompts: logits after the last token, and a cache with room for `cache_length` slots."""
-        cache = init_cache(self.config, input_ids.shape[0], cache_length, self.dtype)
-        hidden_states, cache = self.transformer.prefill(input_ids, attention_mask, cache)
+        """Reads the beginning of sequences.
+
+        Args:
+            attention_mask: False for padding; on the left, if the logits are to mean something.
+            capacity: slots that these and all later calls of `extend` will take together, padding included. Layers
+                that attend exactly to all of the past get room for as many, and would forget the oldest beyond that.
+
+        Returns:
+            Logits after the last slot, and what `extend` goes on from.
+        """
+        hidden_states, cache = self.transformer.prefill(input_ids, attention_mask, capacity)
         return self._logits(hidden_states[:, -1]), cache
 
-    def decode(self, input_ids: Int[Array, " B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
-        """Reads one more token per sequence: logits after it, and the cache with it."""
-        hidden_states, cache = self.transformer.decode(input_ids[:, None], cache)
-        return self._logits(hidden_states[:, 0]), cache
+    def extend(
+        self, input_ids: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], cache: Cache
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Reads the next tokens, one when decoding or many of a long prompt: logits after the last, new cache."""
+        hidden_states, cache = self.transformer.extend(input_ids, attention_mask, cache)
+        return self._logits(hidden_states[:, -1]), cache
 
     def _logits(self, hidden_states: jax.Array) -> jax.Array:
         return linear(hidden_states, self.transformer.wte.embedding[...].astype(self.dtype)).astype(jnp.float32)

@@ -1,23 +1,91 @@
-"""The parameters of splats.
+"""Where splats start: at random, or at the clusters of points.
 
-May be changed here: how splats start.
+May be changed here: how splats without data are drawn, and how points are clustered. Fitting splats to a model and a
+text is `gsa_jax.fit_init`.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gsa_jax.config import GPTNeoConfig
+from gsa_jax.config import OPTIONAL_TERMS, GPTNeoConfig
+from gsa_jax.errors import InputError
+
+_LLOYD_STEPS = 30
 
 
-def init_splats(
-    key: jax.Array, config: GPTNeoConfig, dtype: jax.typing.DTypeLike
-) -> tuple[Float[Array, "H S D"], Float[Array, "H S"]]:
-    """Centres and log-scales for one layer of a model that has seen no data.
+def init_splats(key: jax.Array, config: GPTNeoConfig, dtype: jax.typing.DTypeLike) -> dict[str, jax.Array]:
+    """The splat parameters of one layer of a model that has seen no data, by their names in the model.
 
-    Standard normal centres are distinct, which is all that can be asked of them before they see queries and keys;
-    scales are 1.
+    Standard normal centres `[H, S, D]` are distinct, which is all that can be asked of them before they see queries and
+    keys; scales are 1 (their logarithms `[H, S]` 0), and the optional terms that `config.splats` turns on start at 0,
+    where they change nothing.
     """
-    assert config.splats is not None, "the configuration has no splats"
-    shape = (config.num_heads, config.splats.num_splats)
-    return jax.random.normal(key, (*shape, config.head_dim), dtype), jnp.zeros(shape, dtype)
+    splats = config.splats
+    assert splats is not None and splats.num_splats > 0, "the configuration has no splats"
+    per_splat = (config.num_heads, splats.num_splats)
+    shapes = {"log_amplitudes": per_splat, "key_norm_gain": (config.num_heads,), "far_gain": (config.num_heads,)}
+    return {
+        "splat_centers": jax.random.normal(key, (*per_splat, config.head_dim), dtype),
+        "splat_log_scales": jnp.zeros(per_splat, dtype),
+        **{f"splat_{name}": jnp.zeros(shapes[name], dtype) for name in OPTIONAL_TERMS if getattr(splats, name)},
+    }
+
+
+def kmeans(
+    key: jax.Array, points: Float[Array, "H N D"], count: int
+) -> tuple[Float[Array, "H {count} D"], Float[Array, "H"]]:
+    """Cluster centres of each head's points, by Lloyd's algorithm from a k-means++ start.
+
+    The start is Arthur and Vassilvitskii's (SODA 2007): each centre is a point drawn in proportion to its squared
+    distance from those before it. A cluster that loses all of its points moves to one of the points farthest from
+    their centres. The same key gives the same bits.
+
+    Returns:
+        The centres, and the mean squared distance of a point from the nearest one, float32.
+
+    Raises:
+        InputError: there are fewer points than centres.
+    """
+    if points.shape[1] < count:
+        raise InputError(f"{points.shape[1]} points cannot make {count} clusters; give more text or fewer splats")
+    return _kmeans(jax.random.split(key, points.shape[0]), points.astype(jnp.float32), count)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _kmeans(keys: jax.Array, points: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    # One head after another: all of them at once would hold H N S distances.
+    return jax.lax.map(lambda head: _kmeans_head(head[0], head[1], count), (keys, points))
+
+
+def _kmeans_head(key: jax.Array, points: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    mean = jnp.mean(points, axis=0)
+    points = points - mean  # squared distances are differences of squared norms
+
+    def seed(step: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        centers, nearest = carry
+        chosen = points[jax.random.categorical(jax.random.fold_in(key, step), jnp.log(nearest))]
+        return centers.at[step].set(chosen), jnp.minimum(nearest, _squared_distances(points, chosen[None])[:, 0])
+
+    start = (jnp.zeros((count, points.shape[1])), jnp.full(len(points), jnp.finfo(points.dtype).max))
+    centers, _ = jax.lax.fori_loop(0, count, seed, start)
+    centers = jax.lax.fori_loop(0, _LLOYD_STEPS, lambda _, centers: _lloyd_step(points, centers), centers)
+    return centers + mean, jnp.mean(jnp.min(_squared_distances(points, centers), axis=1))
+
+
+def _squared_distances(points: jax.Array, centers: jax.Array) -> jax.Array:
+    products = jnp.matmul(points, centers.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.maximum(jnp.sum(points**2, axis=1)[:, None] - 2 * products + jnp.sum(centers**2, axis=1), 0)
+
+
+def _lloyd_step(points: jax.Array, centers: jax.Array) -> jax.Array:
+    distances = _squared_distances(points, centers)
+    members = jax.nn.one_hot(jnp.argmin(distances, axis=1), len(centers))
+    sizes = jnp.sum(members, axis=0)
+    sums = jnp.matmul(members.T, points, precision=jax.lax.Precision.HIGHEST)
+    farthest = jax.lax.top_k(jnp.min(distances, axis=1), len(centers))[1]
+    empty = sizes == 0
+    spare = points[farthest[jnp.cumsum(empty) - 1]]  # the n-th empty cluster gets the n-th farthest point
+    return jnp.where(empty[:, None], spare, sums / jnp.maximum(sizes, 1)[:, None])

@@ -77,7 +77,7 @@ def story_neo() -> Path:
 def story_checkpoint(story_neo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model as a checkpoint with two splats per head. Not to be changed by a test."""
     folder = tmp_path_factory.mktemp("story") / "checkpoint"
-    convert(story_neo, folder, num_splats=2)
+    convert(story_neo, folder, splats=gsa_jax.SplatConfig(num_splats=2))
     return folder
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsa_jax.ops import causal_attention, linear, single_query_attention
+from gsa_jax.ops import causal_attention, linear, no_splats, splat_attention
 
 
 def by_definition(query, key, value, key_mask, window):
@@ -31,12 +31,21 @@ def inputs(seed: int, batch: int, length: int, heads: int, dim: int):
     return query, key, value, rng.random((batch, length)) > 0.2
 
 
-def assert_by_definition(arrays, window: int | None) -> None:
-    """Where a row sees a key at all."""
+def attend(query, key, value, mask, window: int | None, implementation: str | None = None) -> jax.Array:
+    """Of a global layer, or of a local one."""
+    splats = no_splats(*query.shape[2:])
+    output, _ = splat_attention(
+        query, key, value, splats, window=window, key_mask=jnp.asarray(mask), implementation=implementation
+    )
+    return output
+
+
+def assert_by_definition(arrays, window: int | None, implementation: str | None = None) -> None:
+    """Where a row is a token that sees a key."""
     query, key, value, mask = arrays
-    got = causal_attention(query, key, value, mask, window=window)
+    got = attend(query, key, value, mask, window, implementation)
     expected = by_definition(query, key, value, mask, window)
-    sees = np.abs(expected).sum(axis=(2, 3)) > 0
+    sees = mask & (np.abs(expected).sum(axis=(2, 3)) > 0)
     np.testing.assert_allclose(np.asarray(got)[sees], expected[sees], atol=1e-5)
 
 
@@ -52,12 +61,16 @@ def test_sequences_of_several_blocks(length: int, window: int | None) -> None:
     assert_by_definition(inputs(length, 1, length, 1, 4), window)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "chunked", "recurrent"])
+def test_every_implementation_is_local_attention_without_splats(implementation: str) -> None:
+    assert_by_definition(inputs(0, 2, 150, 2, 4), 16, implementation)
+
+
 def test_rows_without_a_key_are_finite_in_both_directions() -> None:
     query, key, value, _ = inputs(0, 1, 600, 2, 4)
     mask = np.zeros((1, 600), bool)
     for window in (None, 8):
-        attend = lambda *qkv, window=window: causal_attention(*qkv, mask, window=window).sum()  # noqa: E731
-        gradients = jax.grad(attend, argnums=(0, 1, 2))(query, key, value)
+        gradients = jax.grad(lambda *qkv: attend(*qkv, mask, window).sum(), argnums=(0, 1, 2))(query, key, value)  # noqa: B023
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
@@ -68,22 +81,6 @@ def test_scores_are_float32_whatever_comes_in() -> None:
     value = jnp.asarray([[[[0.0] * 4], [[1.0] * 4]]], jnp.bfloat16)
     weight = float(causal_attention(query, key, value, jnp.ones((1, 2), bool))[0, 1, 0, 0])
     assert abs(weight - 1 / (1 + np.exp(-0.5))) < 5e-3
-
-
-def test_one_query_over_a_shuffled_cache() -> None:
-    query, key, value, mask = inputs(1, 2, 30, 3, 4)
-    mask[:, -1] = True
-    expected = by_definition(query, key, value, mask, None)[:, -1]
-    order = np.random.default_rng(2).permutation(29)
-    got = single_query_attention(
-        query[:, -1],
-        key[:, -1],
-        value[:, -1],
-        key[:, order].swapaxes(1, 2),
-        value[:, order].swapaxes(1, 2),
-        mask[:, order],
-    )
-    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 9])

@@ -22,6 +22,7 @@ from hf_folders import (
     write_sharded_folder,
 )
 
+from gsa_jax import SplatConfig
 from gsa_jax.convert import convert
 
 WTE = "transformer.wte.weight"
@@ -273,7 +274,7 @@ def test_a_bad_source(run_gsa, tmp_path, make):
         ({"eos_token_id": 97}, "eos_token_id = 97: not in the vocabulary of 97"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings = false"),
         ({"splats": [2]}, "splats = [2]"),
-        ({"splats": {"num_splats": 0}}, "num_splats = 0"),
+        ({"splats": {"num_splats": 0, "window": 0}}, "num_splats = 0"),
     ],
     ids=str,
 )
@@ -286,12 +287,12 @@ def test_a_bad_configuration(run_gsa, tmp_path, changes, words):
 @pytest.mark.parametrize(
     ("tensors", "options", "words"),
     [
-        (tiny_tensors, ["--num-splats", "0"], ["num_splats = 0", ">= 1"]),
-        (tiny_tensors, ["--num-splats", "-3"], ["num_splats = -3", ">= 1"]),
+        (tiny_tensors, ["--num-splats", "0"], ["num_splats = 0", "attach one splat at least"]),
+        (tiny_tensors, ["--num-splats", "-3"], ["num_splats = -3", ">= 0"]),
         (
             lambda: tiny_tensors() | splat_tensors(GSA),
             ["--num-splats", "2"],
-            ["--num-splats 2", "carries 2 splats per head already"],
+            ["carries 2 splats per head already, 2 cannot be attached"],
         ),
         (
             lambda: first_element(C_FC, 70000.0),
@@ -375,5 +376,5 @@ def test_nothing_here_depends_on_a_broken_helper(tmp_path):
         convert(source, tmp_path / f"{suffix} out")
     convert(write_bin_folder(tmp_path / "legacy", tiny_tensors(), legacy=True), tmp_path / "legacy out")
     source = write_folder(tmp_path / "source", first_element(C_FC, 60000.0))
-    convert(source, tmp_path / "out", dtype="float16", num_splats=1)
+    convert(source, tmp_path / "out", dtype="float16", splats=SplatConfig(num_splats=1))
     assert np.isfinite(read_safetensors(source)[C_FC].numpy()).all()

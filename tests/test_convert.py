@@ -80,7 +80,9 @@ def test_dtypes_may_differ_from_tensor_to_tensor(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_dtype_rounds_as_pytorch_does(tmp_path, dtype):
     tensors = tiny_tensors()
-    got = converted(write_folder(tmp_path / "source", tensors), tmp_path / "out", dtype=dtype, num_splats=2)
+    got = converted(
+        write_folder(tmp_path / "source", tensors), tmp_path / "out", dtype=dtype, splats=SplatConfig(num_splats=2)
+    )
     splats = {name: got.pop(name) for name in list(got) if ".splat_" in name}
     assert_same_tensors(got, {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()})
     assert {str(splat.dtype) for splat in splats.values()} == {dtype}
@@ -162,7 +164,7 @@ def test_what_a_checkpoint_holds(story_neo, story_checkpoint):
     assert report["tensors"] == len(tensors)
     assert report["parameters"] == sum(tensor.size for tensor in tensors.values())
     assert report["splats"] == "attached"
-    assert report["splat_parameters"] == 4 * 4 * 2 * (48 + 1)
+    assert report["splat_parameters"] == 2 * 4 * 2 * (48 + 1)
     text = "Once upon a time, there was a little girl."
     assert load_tokenizer(story_checkpoint).encode(text) == load_tokenizer(story_neo).encode(text)
     for name in report["tokenizer"]:
@@ -176,17 +178,17 @@ def test_what_a_checkpoint_holds(story_neo, story_checkpoint):
 
 
 def test_attached_splats_are_distinct_and_the_same_each_time(story_neo, story_checkpoint, tmp_path):
-    again = converted(story_neo, tmp_path / "again", num_splats=2)
+    again = converted(story_neo, tmp_path / "again", splats=SplatConfig(num_splats=2))
     tensors = load_tensors(story_checkpoint)[1]
     assert_same_tensors(again, tensors)
     centers = [tensor for name, tensor in tensors.items() if name.endswith(".splat_centers")]
     everything = np.concatenate([tensor.reshape(-1, 48) for tensor in centers])
-    assert len(np.unique(everything, axis=0)) == 4 * 4 * 2
+    assert len(np.unique(everything, axis=0)) == 2 * 4 * 2
 
 
 def test_two_splats_add_6272_parameters_to_tiny_stories_33m():
     plain = GPTNeoConfig.from_hf(TINY_STORIES_33M)
-    splats = GPTNeoConfig.from_hf(TINY_STORIES_33M | {"splats": {"num_splats": 2}})
+    splats = GPTNeoConfig.from_hf(TINY_STORIES_33M | {"splats": {"num_splats": 2, "layers": "all"}})
     sizes = [
         {name: int(np.prod(shape)) for name, shape in expected_shapes(config).items()} for config in (plain, splats)
     ]
@@ -218,7 +220,7 @@ def test_the_output_appears_at_the_end(tmp_path):
 def test_the_command_says_what_it_did(run_gsa, tmp_path):
     buffer = ATTENTION.format(0) + "masked_bias"
     source = write_folder(tmp_path / "source", tiny_tensors() | {buffer: torch.tensor(-1e9)})
-    outcome = run_gsa("convert", source, tmp_path / "out", "--num-splats", 3)
+    outcome = run_gsa("convert", source, tmp_path / "out", "--num-splats", 3, "--layers", "all")
     assert outcome.code == 0 and outcome.err == ""
     added = NUM_LAYERS * NUM_HEADS * 3 * (8 + 1)
     for words in (f"attached ({added} parameters)", "none in the source", buffer, "mask buffer"):

@@ -66,7 +66,7 @@ def test_a_dialect_there_and_back(tmp_path, dialect, dtype):
 
     report = convert(source, tmp_path / "checkpoint")
     config, got = load_tensors(tmp_path / "checkpoint")
-    assert config.splats == SplatConfig(num_splats=2, window=None)
+    assert config.splats == SplatConfig(num_splats=2, layers="all")
     assert_same_tensors(got, tensors | ours(splats, leaves))
     assert report.dialect == dialect.split(",")[0]
     assert report.splats == "imported"
@@ -101,7 +101,7 @@ def test_the_number_of_splats_is_read_from_their_shape(tmp_path, num_splats):
     splats = splat_tensors(GSA, num_splats)
     convert(write_folder(tmp_path / "source", tiny_tensors() | splats), tmp_path / "checkpoint")
     config, got = load_tensors(tmp_path / "checkpoint")
-    assert config.splats == SplatConfig(num_splats=num_splats)
+    assert config.splats == SplatConfig(num_splats=num_splats, layers="all")
     assert_same_tensors(got, tiny_tensors() | ours(splats, GSA))
 
 
@@ -114,7 +114,7 @@ def test_splats_behind_a_wrapper_in_a_base_model(tmp_path):
 
 
 def test_attached_splats_are_exported_as_gsa(tmp_path):
-    convert(write_folder(tmp_path / "source"), tmp_path / "checkpoint", num_splats=2)
+    convert(write_folder(tmp_path / "source"), tmp_path / "checkpoint", splats=SplatConfig(num_splats=2, layers="all"))
     assert export(tmp_path / "checkpoint", tmp_path / "exported").dialect == "gsa"
     expected = {ATTENTION.format(layer) + leaf for layer in range(NUM_LAYERS) for leaf in GSA.values()}
     assert set(read_safetensors(tmp_path / "exported")) == set(tiny_tensors()) | expected
@@ -154,6 +154,8 @@ def test_splats_that_do_not_fit(tmp_path, change, words):
 
 
 def test_a_configuration_that_announces_splats_which_are_not_there(tmp_path):
-    source = write_folder(tmp_path / "source", config=tiny_config(splats={"num_splats": 2, "window": None}))
+    source = write_folder(
+        tmp_path / "source", config=tiny_config(splats={"num_splats": 2, "window": None, "layers": "all"})
+    )
     with pytest.raises(InputError, match=r"4 tensors do not fit.*missing .*splat_centers \[4, 2, 8\]"):
         convert(source, tmp_path / "checkpoint")

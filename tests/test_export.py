@@ -23,7 +23,7 @@ from hf_folders import (
 from hf_oracle import random_ids, torch_logits
 from transformers import AutoTokenizer, GPTNeoForCausalLM
 
-from gsa_jax import GPTNeoConfig
+from gsa_jax import GPTNeoConfig, SplatConfig
 from gsa_jax.checkpoint import load_tensors
 from gsa_jax.convert import convert, export
 
@@ -122,11 +122,13 @@ def test_the_configuration_survives(tmp_path):
         max_position_embeddings=64,
     )
     tensors = tiny_tensors(max_position_embeddings=64)
-    exported = there_and_back(write_folder(tmp_path / "source", tensors, settings), num_splats=2)
+    exported = there_and_back(
+        write_folder(tmp_path / "source", tensors, settings), splats=SplatConfig(num_splats=2, window=7)
+    )
     config = hf_loaded(exported)[0].config.to_dict()
     kept = GPTNeoConfig.from_hf(settings).to_hf()
     assert {name: config[name] for name in kept} == {name: settings[name] for name in kept}
-    assert config["splats"] == {"num_splats": 2, "window": None}
+    assert GPTNeoConfig.from_hf(config).splats == SplatConfig(num_splats=2, window=7)
     convert(exported, tmp_path / "again")
     assert load_tensors(tmp_path / "again")[0] == load_tensors(tmp_path / "source checkpoint")[0]
 

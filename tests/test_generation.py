@@ -13,7 +13,7 @@ from hf_oracle import VOCAB, hf_model, ours, random_ids, relative_rms
 from transformers import GPTNeoForCausalLM as HFModel
 
 from gsa_jax import Categorical, GPTNeoForCausalLM, InputError, generate, generate_stream, load
-from gsa_jax.generation import _jitted_decode, _prefill
+from gsa_jax.generation import _decode, _prefill, _State
 
 STORY = Path(__file__).parent.parent / "gsa_jax" / "assets" / "story-neo"
 
@@ -66,12 +66,12 @@ def test_cache_equals_no_cache(model: GPTNeoForCausalLM) -> None:
     mask[1, :7] = False
     expected = np.asarray(model(ids, mask))
     graphdef, params = nnx.split(model)
-    decode = jax.jit(lambda params, token, cache: nnx.merge(graphdef, params).decode(token, cache))
+    extend = jax.jit(lambda params, token, mask, cache: nnx.merge(graphdef, params).extend(token, mask, cache))
     for prompt in (9, 16):
         logits, cache = model.prefill(ids[:, :prompt], mask[:, :prompt], 40)
         for step in range(prompt, 40):
             assert relative_rms(logits, expected[:, step - 1]) < 1e-5, f"step {step}"
-            logits, cache = decode(params, ids[:, step], cache)
+            logits, cache = extend(params, ids[:, step : step + 1], np.ones((len(ids), 1), bool), cache)
 
 
 def test_a_local_layer_keeps_no_more_than_its_window(model: GPTNeoForCausalLM) -> None:
@@ -136,17 +136,10 @@ def test_a_new_prompt_compiles_nothing(model: GPTNeoForCausalLM) -> None:
 
 def test_decoding_donates_its_cache(model: GPTNeoForCausalLM) -> None:
     graphdef, params = nnx.split(model)
-    state = _prefill(
-        graphdef,
-        params,
-        random_ids(0, 1, 16),
-        np.ones((1, 16), bool),
-        jax.random.key(0),
-        cache_length=80,
-        room=64,
-    )
+    logits, cache = _prefill(graphdef, params, random_ids(0, 1, 16), np.ones((1, 16), bool), capacity=80)
     number = jnp.int32(4)
-    after = _jitted_decode(True)(graphdef, params, state, Categorical(), number, number, number)
+    state = _State(cache, logits, jnp.zeros((1, 64), int), jnp.int32(0), jnp.zeros((1,), bool), jax.random.key(0))
+    after = _decode(graphdef, params, state, Categorical(), number, number, number)
     assert all(layer.key.is_deleted() and layer.value.is_deleted() for layer in state.cache.layers)
     chex.assert_trees_all_equal_shapes_and_dtypes(after.logits, state.logits)
 
@@ -158,10 +151,10 @@ def test_bfloat16_decodes_as_its_own_forward_pass() -> None:
     expected = np.asarray(reference(ids))
     logits, cache = reference.prefill(ids[:, :16], np.ones((1, 16), bool), 30)
     graphdef, params = nnx.split(reference)
-    decode = jax.jit(lambda params, token, cache: nnx.merge(graphdef, params).decode(token, cache))
+    extend = jax.jit(lambda params, token, mask, cache: nnx.merge(graphdef, params).extend(token, mask, cache))
     for step in range(16, 30):
         assert relative_rms(logits, expected[:, step - 1]) < 3e-2
-        logits, cache = decode(params, ids[:, step], cache)
+        logits, cache = extend(params, ids[:, step : step + 1], np.ones((len(ids), 1), bool), cache)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_parameters_and_computation_have_dtypes_of_their_own() -> None:
 
 def test_splats_do_not_change_a_bit() -> None:
     plain = ours(hf_model())
-    config = dataclasses.replace(plain.config, splats=SplatConfig(num_splats=3))
+    config = dataclasses.replace(plain.config, splats=SplatConfig(num_splats=3, layers="all"))
     splats = {
         name: leaf
         for name, leaf in named_parameters(GPTNeoForCausalLM(config, rngs=nnx.Rngs(0))).items()
@@ -122,21 +122,6 @@ def test_splats_do_not_change_a_bit() -> None:
     with_splats = build_model(config, named_parameters(plain) | splats)
     ids = random_ids(5, 2, 50)
     chex.assert_trees_all_equal(plain(ids), with_splats(ids))
-
-
-def test_a_finite_window_is_refused_clearly() -> None:
-    config = GPTNeoConfig(
-        vocab_size=8,
-        hidden_size=8,
-        num_layers=1,
-        num_heads=2,
-        attention_types=((("global",), 1),),
-        bos_token_id=0,
-        eos_token_id=0,
-        splats=SplatConfig(num_splats=2, window=4),
-    )
-    with pytest.raises(InputError, match=r"window = 4.*not implemented yet"):
-        GPTNeoForCausalLM(config, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")
@@ -254,8 +239,14 @@ def test_config_goes_to_hugging_face_and_back() -> None:
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon = nan"),
         ({"eos_token_id": VOCAB}, f"eos_token_id = {VOCAB}"),
         ({"attention_layers": ["local", "global"]}, "attention_layers"),
-        ({"splats": {"num_splats": 0}}, "num_splats = 0"),
+        ({"splats": {"num_splats": 0, "window": 0}}, "num_splats = 0"),
         ({"splats": {"number": 1}}, "splats"),
+        ({"splats": {"num_splats": -1}}, "num_splats = -1"),
+        ({"splats": {"num_splats": 1, "window": -1}}, "window = -1"),
+        ({"splats": {"num_splats": 1, "layers": "every"}}, "layers = 'every'"),
+        ({"splats": {"num_splats": 1, "layers": [2]}}, "the model has 2 layers"),
+        ({"splats": {"num_splats": 1, "layers": []}}, "no such layer"),
+        ({"splats": {"num_splats": 1, "far_gain": 1}}, "far_gain = 1"),
     ],
 )
 def test_config_refuses_what_it_is_not(change: dict, words: str) -> None:

@@ -337,13 +337,6 @@ def test_window_that_holds_everything_is_exact_attention(dtype, implementation: 
             assert_close(state, compiled(window, "reference")(case)[1], 0)
 
 
-def test_window_without_splats_is_local_attention() -> None:
-    case = draw(150, 0)
-    want = jax.jit(causal_attention, static_argnames="window")(*case[:3], case.mask, window=16)
-    for implementation in ALL:
-        assert relative_error(compiled(16, implementation)(case)[0], want) < 2e-6
-
-
 def test_more_splats_come_closer_to_softmax() -> None:
     """With centres on a sphere and sigma = R / sqrt(n), the splats average exp(q . k) over directions.
 

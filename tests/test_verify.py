@@ -17,6 +17,7 @@ from hf_folders import (
     write_sharded_folder,
 )
 
+from gsa_jax import SplatConfig
 from gsa_jax.checkpoint import load_tensors, save_tensors
 from gsa_jax.convert import convert
 from gsa_jax.convert.verify import verify
@@ -117,7 +118,7 @@ def test_sources_whose_names_are_not_transformers_own(run_gsa, tmp_path, form):
 def test_the_command_agrees_with_a_wrapped_bin(run_gsa, tmp_path):
     state = {"module." + name: tensor for name, tensor in tiny_tensors().items()}
     source = write_bin_folder(tmp_path / "source", state)
-    convert(source, tmp_path / "checkpoint", num_splats=2)
+    convert(source, tmp_path / "checkpoint", splats=SplatConfig(num_splats=2))
     assert run_gsa("verify", source, tmp_path / "checkpoint").code == 0
 
 

@@ -3,10 +3,12 @@
 Letters used in shapes throughout the project:
 
     B batch   T tokens (queries)   K tokens (keys)   H heads   D head_dim   S splats per head
-    E hidden_size   F width of the MLP   V vocabulary   C capacity of a cache, in tokens
+    E hidden_size   F width of the MLP   V vocabulary   W window in tokens
 """
 
 from gsa_jax.ops.linear import linear
-from gsa_jax.ops.softmax import causal_attention, single_query_attention
+from gsa_jax.ops.softmax import causal_attention
+from gsa_jax.ops.splat_attention import splat_attention
+from gsa_jax.ops.splat_state import Splats, SplatState, init_splat_state, no_splats
 
-__all__ = ["causal_attention", "linear", "single_query_attention"]
+__all__ = ["SplatState", "Splats", "causal_attention", "init_splat_state", "linear", "no_splats", "splat_attention"]

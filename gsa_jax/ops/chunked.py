@@ -4,6 +4,7 @@ May be changed here: how a chunk is computed. A chunk maps (state, tokens) to (s
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ _BASE = 4
 """Tokens whose scores through the splats are summed pair by pair, without factors."""
 
 
+@functools.partial(jax.jit, static_argnames=("chunk_size",))  # without an outer jit, each call would compile its scan
 def chunked(
     query: Float[Array, "B T H D"],
     key: Float[Array, "B T H D"],
@@ -102,8 +104,8 @@ def _chunk(
     weights = jnp.exp(near - top[..., None])
 
     far = far - top[..., None]
-    within = _pairs_within(far, features)
-    weights = weights + jnp.pad(within, [(0, 0)] * 3 + [(0, window)])
+    if far.shape[-1]:
+        weights = weights + jnp.pad(_pairs_within(far, features), [(0, 0)] * 3 + [(0, window)])
     older = jnp.exp(far + state.m[:, :, None, :])
     numerator = jnp.einsum("bhtk,bhkd->bhtd", weights, wide_values) + jnp.einsum("bhts,bhsd->bhtd", older, state.kv)
     denominator = jnp.sum(weights, axis=-1) + jnp.einsum("bhts,bhs->bht", older, state.z)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from gsa_jax.ops.splat_state import FLOOR, Splats, SplatState, add_to_sums, heads_first, key_features, query_features
 
 
+@jax.jit  # without an outer jit, each call would compile its scan
 def recurrent(
     query: Float[Array, "B T H D"],
     key: Float[Array, "B T H D"],

@@ -42,6 +42,11 @@ class Splats:
     far_gain: Float[Array, "H"] | None = None
 
 
+def no_splats(heads: int, head_dim: int) -> Splats:
+    """S = 0: attention inside the window alone."""
+    return Splats(jnp.zeros((heads, 0, head_dim)), jnp.zeros((heads, 0)))
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["key", "value", "valid", "kv", "kv_rest", "z", "z_rest", "m", "length"],

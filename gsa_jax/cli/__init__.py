@@ -1,0 +1,57 @@
+"""The command `gsa`.
+
+May be changed here: which commands there are, and what an error looks like. A command is a dataclass in a module of
+this package; its fields are its options, and its `run` calls one library function; nothing is computed here. Heavy
+imports wait until a command runs, so that `gsa --help` answers at once.
+
+Exit codes: 0 done, 1 `verify` found a difference, 2 bad input (one line on stderr; a traceback with `--debug`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+import tyro
+
+from gsa_jax.cli.base import Command
+from gsa_jax.cli.conversion import Convert, Export, Verify
+from gsa_jax.cli.generate import Generate
+from gsa_jax.errors import InputError
+
+_COMMANDS: dict[str, Any] = {"convert": Convert, "export": Export, "verify": Verify, "generate": Generate}
+
+
+def main() -> None:
+    """Entry point of `gsa`; exits with the code of the command."""
+    command: Command = tyro.extras.subcommand_cli_from_dict(
+        _COMMANDS, prog="gsa", description="GPT-Neo in JAX/Flax, with attention through Gaussian splats."
+    )
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not command.debug:
+        for logger in ("absl", "asyncio"):  # where Orbax and its event loop report what is raised to us anyway
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
+        sys.unraisablehook = _drop_late_callbacks
+    # A terminated command unwinds like an interrupted one, so that half-written output is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        sys.exit(command.run())
+    except InputError as error:
+        if command.debug:
+            raise
+        print(f"gsa: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def _drop_late_callbacks(unraisable: sys.UnraisableHookArgs) -> None:
+    """Prints what a callback raised, unless it only says that Orbax was quicker to fail than TensorStore.
+
+    After a failed read or write Orbax closes its event loop, while threads of TensorStore still want to report to it.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)

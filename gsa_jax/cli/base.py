@@ -1,0 +1,92 @@
+"""What commands share: the base class, options of splats, progress and tables.
+
+May be changed here: how results and progress look, and the options that name a `SplatConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+from gsa_jax.config import SPLAT_PRESETS, SplatConfig
+from gsa_jax.errors import InputError
+
+PLAIN_WIDTH = 120
+"""Columns of a table that is not printed on a terminal."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command: its fields are its options."""
+
+    debug: bool = False
+    """Show a traceback when something fails."""
+
+    def run(self) -> int:
+        """Does the work and returns the exit code."""
+        raise AssertionError("a command defines run()")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplatCommand(Command):
+    """A command that says which splats a model has."""
+
+    preset: Literal["hybrid", "seed-phase1"] | None = None
+    """hybrid: 64 splats and a window of 64 in global layers; seed-phase1: 2 splats and no window in all layers."""
+    num_splats: int | None = None
+    """Splats per head."""
+    window: int | Literal["all"] | None = None
+    """Tokens seen exactly: a number, 0 for splats alone, or `all`, which leaves the splats unused."""
+    layers: Literal["global", "all"] | None = None
+    """Layers that have splats."""
+    terms: tuple[Literal["log_amplitudes", "key_norm_gain", "far_gain"], ...] = ()
+    """Optional parameters of the far score."""
+
+    def splat_config(self, default: SplatConfig | None) -> SplatConfig | None:
+        """The preset or else the default, with what the other options say; None if nothing is given at all."""
+        base = default if self.preset is None else SPLAT_PRESETS[self.preset]
+        given: dict[str, Any] = {
+            name: getattr(self, name) for name in ("num_splats", "layers") if getattr(self, name) is not None
+        }
+        if self.window is not None:
+            given["window"] = None if self.window == "all" else self.window
+        given |= dict.fromkeys(self.terms, True)
+        if base is not None:
+            return dataclasses.replace(base, **given)
+        if given and self.num_splats is None:
+            raise InputError(f"--{next(iter(given))}: how many splats? Give --num-splats or --preset as well")
+        return SplatConfig(**given) if given else None
+
+
+def progress(names: Iterable[str], label: str) -> Iterable[str]:
+    """Shows on a terminal how far an iteration has come."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(names, description=label, console=console, transient=True, disable=not console.is_terminal)
+
+
+def status(label: str) -> AbstractContextManager[object]:
+    """Shows on a terminal that something is going on."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(label)
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Prints a table as wide as the terminal, or `PLAIN_WIDTH`."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
+    table = Table(title=Text(title), title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)

@@ -1,0 +1,125 @@
+"""`gsa convert`, `gsa export` and `gsa verify`.
+
+May be changed here: their options and what they print.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from gsa_jax.cli.base import Command, SplatCommand, print_table, progress, status
+
+if TYPE_CHECKING:
+    from gsa_jax.convert.verify import Comparison
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert(SplatCommand):
+    """Convert a PyTorch GPT-Neo into a checkpoint; options of splats attach some to a source that has none."""
+
+    source: tyro.conf.Positional[str]
+    """Hugging Face folder, or hub id (owner/name)."""
+    out: tyro.conf.Positional[Path]
+    """Checkpoint folder to make."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of the parameters; as the source stores them by default."""
+    allow_nonfinite: bool = False
+    """Convert NaN and infinite weights as well."""
+
+    def run(self) -> int:
+        from gsa_jax.convert import convert
+
+        report = convert(
+            self.source,
+            self.out,
+            splats=self.splat_config(None),
+            dtype=self.dtype,
+            allow_nonfinite=self.allow_nonfinite,
+            progress=lambda names: progress(names, "reading tensors"),
+        )
+        print_table(
+            f"{self.source} -> {self.out}",
+            ["what", "value"],
+            [
+                ["tensors", f"{report.tensors}"],
+                ["parameters", f"{report.parameters:,}"],
+                ["bytes", f"{report.bytes:,}"],
+                ["dtypes", ", ".join(f"{count} x {dtype}" for dtype, count in report.dtypes.items())],
+                ["dialect", report.dialect],
+                ["splats", f"{report.splats} ({report.splat_parameters:,} parameters)"],
+                ["tokenizer", ", ".join(report.tokenizer) or "none in the source"],
+                ["ignored", f"{len(report.ignored)} tensors"],
+            ],
+        )
+        if report.ignored:
+            print_table("ignored", ["tensor", "why"], [[name, why] for name, why in report.ignored.items()])
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export(Command):
+    """Write a checkpoint as a Hugging Face folder."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Checkpoint folder."""
+    out: tyro.conf.Positional[Path]
+    """Hugging Face folder to make."""
+
+    def run(self) -> int:
+        from gsa_jax.convert import export
+
+        with status("writing"):
+            report = export(self.checkpoint, self.out)
+        print_table(
+            f"{self.checkpoint} -> {self.out}",
+            ["what", "value"],
+            [
+                ["tensors", f"{report.tensors}"],
+                ["bytes", f"{report.bytes:,}"],
+                ["dialect of splats", report.dialect],
+            ],
+        )
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify(Command):
+    """Compare a checkpoint's logits with those of its PyTorch source."""
+
+    source: tyro.conf.Positional[str]
+    """Hugging Face folder, or hub id, that was converted."""
+    checkpoint: tyro.conf.Positional[Path]
+    """Checkpoint folder."""
+    text: Path | None = None
+    """UTF-8 file to compare on, besides random ids."""
+
+    def run(self) -> int:
+        from gsa_jax.convert.verify import verify
+
+        with status("running both models"):
+            comparisons = verify(self.source, self.checkpoint, text=self.text)
+        print_table(
+            f"{self.checkpoint} against {self.source}",
+            ["oracle", "input", "tokens", "max abs", "rel. RMS", "tolerance", "top-1", "loss", "its loss", ""],
+            [_comparison_row(comparison) for comparison in comparisons],
+        )
+        return 0 if all(comparison.agrees for comparison in comparisons) else 1
+
+
+def _comparison_row(comparison: Comparison) -> list[str]:
+    return [
+        comparison.oracle,
+        comparison.inputs,
+        f"{comparison.tokens:,}",
+        f"{comparison.max_abs:.1e}",
+        f"{comparison.relative_rms:.1e}",
+        f"{comparison.tolerance:.0e}",
+        f"{comparison.top1_agreement:.2%}",
+        f"{comparison.loss:.5f}",
+        f"{comparison.oracle_loss:.5f}",
+        "agrees" if comparison.agrees else "DIFFERS",
+    ]
