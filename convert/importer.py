@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from gsa_jax.checkpoint import REPORT_FILE, TOKENIZER_FILES, save_tensors
 from gsa_jax.config import GPTNeoConfig, SplatConfig
@@ -107,7 +108,7 @@ def convert(
 
 
 def read_tensors(source: Source, planned: Plan) -> dict[str, np.ndarray]:
-    """Every parameter that the source provides, by our name, as stored."""
+    """Every parameter that the source provides, by our name, in the dtype it is stored in."""
     return dict(_read(source, planned, None, True, iter))
 
 
@@ -121,6 +122,9 @@ def _read(
         array = tensor.read()
         if planned.tied_head is not None and name == "transformer.wte.weight":
             _check_tied(tensor, opened.tensors[planned.tied_head], array, planned.tied_head)
+        if source_name in planned.softmaxed:
+            logs = array.astype(np.float32)
+            array = (logs - scipy.special.logsumexp(logs, axis=-1, keepdims=True)).astype(array.dtype)
         if dtype is not None:
             with np.errstate(over="ignore"):
                 array = array.astype(jnp.dtype(dtype))

@@ -30,12 +30,15 @@ _SPLAT_LEAVES = {
     "unused_gsa_splat_scales": "splat_log_scales",
     "gsa_splat_centers": "splat_centers",
     "gsa_splat_log_scales": "splat_log_scales",
+    "gsa_splat_amplitudes": "splat_log_amplitudes",
 }
+
+_SOFTMAXED = ("gsa_splat_amplitudes",)
+"""Leaves that hold what a softmax over splats makes amplitudes of."""
 
 _NO_MEANING_HERE = {
     "gsa_mix_weight": "exact and splat attention are not mixed here",
     "gsa_strength": "exact and splat attention are not mixed here",
-    "gsa_splat_amplitudes": "splats have no amplitude here",
     "temperature": "scores have no temperature here",
     "position_scale_factor": "splats do not depend on positions here",
     "long_range_boost": "splats do not depend on positions here",
@@ -57,6 +60,7 @@ class Plan:
         sources: our name -> name in the source, for every parameter that the source provides.
         dialect: `"plain"` without splats, else a key of `EXPORT_LEAVES`; `"gsa"` covers its extensions as well.
         ignored: name in the source -> why it is left behind.
+        softmaxed: names in the source of tensors whose logarithmic softmax over the last axis is the parameter.
         tied_head: name in the source of an output head that must equal the token embedding, if there is one.
     """
 
@@ -64,6 +68,7 @@ class Plan:
     sources: dict[str, str]
     dialect: str
     ignored: dict[str, str]
+    softmaxed: frozenset[str]
     tied_head: str | None
 
 
@@ -81,6 +86,7 @@ def plan(config: GPTNeoConfig, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
     ignored: dict[str, str] = {}
     sources: dict[str, str] = {}
     splat_leaves: set[str] = set()
+    softmaxed: set[str] = set()
     for name, source in names.items():
         match = _IN_ATTENTION.fullmatch(name)
         leaf = match[2] if match else ""
@@ -90,6 +96,8 @@ def plan(config: GPTNeoConfig, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
             ignored[source] = _NO_MEANING_HERE[leaf]
         elif leaf in _SPLAT_LEAVES:
             splat_leaves.add(leaf)
+            if leaf in _SOFTMAXED:
+                softmaxed.add(source)
             _add(sources, name.removesuffix(leaf) + _SPLAT_LEAVES[leaf], source)
         else:
             _add(sources, name, source)
@@ -110,11 +118,14 @@ def plan(config: GPTNeoConfig, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
     dialect = "plain"
     if splat_leaves:
         dialect = "unused" if any(leaf.startswith("unused_") for leaf in splat_leaves) else "gsa"
-    return Plan(config, sources, dialect, ignored, tied_head)
+    return Plan(config, sources, dialect, ignored, frozenset(softmaxed), tied_head)
 
 
 def export_names(names: list[str], dialect: str) -> dict[str, str]:
-    """Our name -> name in an exported Hugging Face folder; splats without a dialect of their own go as `"gsa"`."""
+    """Our name -> name in an exported Hugging Face folder; splats without a dialect of their own go as `"gsa"`.
+
+    Optional terms keep our names: no dialect has them in our form.
+    """
     leaves = EXPORT_LEAVES["gsa" if dialect == "plain" else dialect]
 
     def exported(name: str) -> str:
@@ -153,5 +164,9 @@ def _with_splats(config: GPTNeoConfig, shapes: Mapping[str, tuple[int, ...]]) ->
         raise InputError(f"splat centres have shape {list(shape)}, expected [num_heads, num_splats, head_dim]")
     matches = [_IN_ATTENTION.fullmatch(name) for name in shapes]
     layers = {int(match[1]) for match in matches if match and match[2].startswith("splat_")}
-    splats = SplatConfig(num_splats=shape[1], layers="all" if len(layers) == config.num_layers else tuple(layers))
+    splats = SplatConfig(
+        num_splats=shape[1],
+        layers="all" if len(layers) == config.num_layers else tuple(layers),
+        log_amplitudes=any(name.endswith(".splat_log_amplitudes") for name in shapes),
+    )
     return dataclasses.replace(config, splats=splats)

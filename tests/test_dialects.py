@@ -29,8 +29,7 @@ from gsa_jax.convert import convert, export
 EXTRAS = {
     "mix weight": {"gsa_mix_weight": ()},
     "strength": {"gsa_strength": ()},
-    "amplitudes": {
-        "gsa_splat_amplitudes": (NUM_HEADS, 2),
+    "temperature": {
         "temperature": (1,),
         "position_scale_factor": (),
         "long_range_boost": (),
@@ -42,7 +41,7 @@ DIALECTS = {
     "gsa": (GSA, {}),
     "gsa, mix weight": (GSA, EXTRAS["mix weight"]),
     "gsa, strength": (GSA, EXTRAS["strength"]),
-    "gsa, amplitudes": (GSA, EXTRAS["mix weight"] | EXTRAS["amplitudes"]),
+    "gsa, temperature": (GSA, EXTRAS["mix weight"] | EXTRAS["temperature"]),
 }
 
 
@@ -83,6 +82,26 @@ def test_a_dialect_there_and_back(tmp_path, dialect, dtype):
     again_config, again = load_tensors(tmp_path / "again")
     assert again_config == config
     assert_same_tensors(again, got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_amplitudes_are_a_softmax_over_splats(tmp_path, dtype):
+    tensors, splats = tiny_tensors(dtype), splat_tensors(GSA, 3, dtype=dtype)
+    torch.manual_seed(0)
+    raw = {ATTENTION.format(n) + "gsa_splat_amplitudes": torch.randn(NUM_HEADS, 3).to(dtype) for n in range(NUM_LAYERS)}
+    convert(write_folder(tmp_path / "source", tensors | splats | raw), tmp_path / "checkpoint")
+    config, got = load_tensors(tmp_path / "checkpoint")
+    assert config.splats == SplatConfig(num_splats=3, layers="all", log_amplitudes=True)
+    for name, tensor in raw.items():
+        found = got.pop(name.replace("gsa_splat_amplitudes", "splat_log_amplitudes"))
+        expected = torch.softmax(tensor.double(), dim=-1).numpy()
+        np.testing.assert_allclose(np.exp(found.astype(np.float64)), expected, rtol=2 * torch.finfo(dtype).eps)
+    assert_same_tensors(got, tensors | ours(splats, GSA))
+    export(tmp_path / "checkpoint", tmp_path / "exported")
+    convert(tmp_path / "exported", tmp_path / "again")
+    again_config, again = load_tensors(tmp_path / "again")
+    assert again_config == config
+    assert_same_tensors(again, load_tensors(tmp_path / "checkpoint")[1])
 
 
 def test_zero_scales_are_logarithms(tmp_path):
