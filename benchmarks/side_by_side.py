@@ -6,6 +6,7 @@ May be changed here: how rounds are taken and how results are printed. What is m
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import platform
 import time
@@ -21,10 +22,16 @@ Contender = Callable[..., Callable[[], Any]]
 """Prepares (imports, loads, compiles) and returns what is timed; its result must be small and ready."""
 
 
-def measure(contenders: dict[str, tuple[Contender, tuple[Any, ...]]], rounds: int) -> dict[str, dict[str, Any]]:
+def measure(
+    contenders: dict[str, tuple[Contender, tuple[Any, ...]]], rounds: int, turn: float = 0.0, limit: float = math.inf
+) -> dict[str, dict[str, Any]]:
     """Median and all seconds of each contender, and its last result.
 
-    One process per contender stays alive; in each round each contender runs once, alone.
+    One process per contender stays alive; in each round each contender has a turn, alone.
+
+    Args:
+        turn: seconds that a turn lasts at least: short calls are repeated. Each turn has one call or more.
+        limit: seconds after which a contender gets no more turns, once it had one.
     """
     context = multiprocessing.get_context("spawn")
     workers = {}
@@ -37,12 +44,14 @@ def measure(contenders: dict[str, tuple[Contender, tuple[Any, ...]]], rounds: in
     results: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in workers}
     for _ in range(rounds):
         for name, (process, pipe) in workers.items():
-            pipe.send("go")
+            if sum(results[name]["seconds"]) >= limit:
+                continue
+            pipe.send(turn)
             seconds, result = _receive(name, process, pipe)
-            results[name]["seconds"].append(seconds)
+            results[name]["seconds"].extend(seconds)
             results[name]["result"] = result
     for process, pipe in workers.values():
-        pipe.send("stop")
+        pipe.send(None)
         process.join()
     for measured in results.values():
         measured["median"] = sorted(measured["seconds"])[len(measured["seconds"]) // 2]
@@ -77,10 +86,13 @@ def _serve(pipe: Any, contender: Contender, arguments: tuple[Any, ...]) -> None:
     run = contender(*arguments)
     run()  # compiles
     pipe.send("ready")
-    while pipe.recv() == "go":
-        started = time.perf_counter()
-        result = run()
-        pipe.send((time.perf_counter() - started, result))
+    while (turn := pipe.recv()) is not None:
+        seconds, result = [], None
+        while not seconds or sum(seconds) < turn:
+            started = time.perf_counter()
+            result = run()
+            seconds.append(time.perf_counter() - started)
+        pipe.send((seconds, result))
 
 
 def _receive(name: str, process: Any, pipe: Any) -> Any:

@@ -117,14 +117,21 @@ class GSASelfAttention(GPTNeoSelfAttention):
         super().__init__(config, layer, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         assert config.splats is not None, "GSASelfAttention needs config.splats"
         self.through_splats = config.splats.window is not None
-        for name, parameter in init_splats(rngs.params(), config, param_dtype).items():
+        parameters = init_splats(rngs.params(), config, param_dtype)
+        self.splat_centers = nnx.Param(parameters.pop("splat_centers"))
+        self.splat_log_scales = nnx.Param(parameters.pop("splat_log_scales"))
+        for name, parameter in parameters.items():
             setattr(self, name, nnx.Param(parameter))
 
     @property
     def splats(self) -> Splats:
         """The parameters as the op takes them."""
-        parameters = {name: getattr(self, f"splat_{name}", None) for name in ("centers", "log_scales", *OPTIONAL_TERMS)}
-        return Splats(**{name: None if value is None else value[...] for name, value in parameters.items()})
+        terms = {name: getattr(self, f"splat_{name}", None) for name in OPTIONAL_TERMS}
+        return Splats(
+            self.splat_centers[...],
+            self.splat_log_scales[...],
+            **{name: term[...] for name, term in terms.items() if term is not None},
+        )
 
     def _attn(
         self,

@@ -42,7 +42,7 @@ class SplatConfig:
         layers: `"global"` for the global ones, `"all"`, or their numbers. A local layer reaches beyond its own window
             through splats, as a global one does, once `window` is finite.
         log_amplitudes: each splat has an amplitude.
-        key_norm_gain: each head weighs the squared norm of far keys.
+        norm_gain: each head weighs the squared norms of query and far key.
         far_gain: each head weighs far keys against near ones.
     """
 
@@ -50,7 +50,7 @@ class SplatConfig:
     window: int | None = None
     layers: str | tuple[int, ...] = "global"
     log_amplitudes: bool = False
-    key_norm_gain: bool = False
+    norm_gain: bool = False
     far_gain: bool = False
 
     def __post_init__(self) -> None:
@@ -70,15 +70,15 @@ class SplatConfig:
                 raise InputError(f"{name} = {getattr(self, name)!r}: must be true or false")
 
 
-OPTIONAL_TERMS = ("log_amplitudes", "key_norm_gain", "far_gain")
+OPTIONAL_TERMS = ("log_amplitudes", "norm_gain", "far_gain")
 """Terms of the far score that `SplatConfig` can make parameters; named as in `gsa_jax.ops.Splats`."""
 
 SPLAT_PRESETS = {
-    "hybrid": SplatConfig(num_splats=64, window=64),
+    "hybrid": SplatConfig(num_splats=64, window=64, norm_gain=True, far_gain=True),
     "seed-phase1": SplatConfig(num_splats=2, window=0, layers="all"),
 }
-"""The recommended configuration; and that of the PyTorch prototype, whose two splats replace the products of queries
-and keys in every layer."""
+"""The recommended configuration, with the two terms that let far scores stand beside near ones; and that of the
+PyTorch prototype, whose two splats replace the products of queries and keys in every layer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,10 +152,11 @@ class GPTNeoConfig:
         described = sum(len(pattern) * repeats for pattern, repeats in self.attention_types)
         if described != self.num_layers:
             raise InputError(f"attention_types describes {described} layers, num_layers = {self.num_layers}")
-        if self.splats is not None and not self.splat_layers:
-            raise InputError(f"splats.layers = {self.splats.layers!r}: the model has no such layer")
-        if any(layer >= self.num_layers for layer in self.splat_layers):
-            raise InputError(f"splats.layers = {self.splats.layers!r}: the model has {self.num_layers} layers")
+        if self.splats is not None:
+            if not self.splat_layers:
+                raise InputError(f"splats.layers = {self.splats.layers!r}: the model has no such layer")
+            if self.splat_layers[-1] >= self.num_layers:
+                raise InputError(f"splats.layers = {self.splats.layers!r}: the model has {self.num_layers} layers")
 
     @property
     def attention_layers(self) -> tuple[str, ...]:

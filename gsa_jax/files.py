@@ -1,7 +1,7 @@
 """Output folders and files that are either whole or absent.
 
 May be changed here: how a result is staged and what a full disk says. Everything that writes for a user goes through
-`new_folder`.
+`new_folder` or `new_file`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,32 @@ def new_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
         InputError: `out` exists, its parent cannot be written, or the disk holds less than `needed_bytes`, before or
             while the block runs.
     """
+    with _staged(out, needed_bytes) as staging:
+        yield staging
+        staging.chmod(0o755)  # mkdtemp makes folders that only their owner may read
+        os.rename(staging, out)
+
+
+@contextlib.contextmanager
+def new_file(out: Path) -> Iterator[Path]:
+    """Gives the path of a file to write, which becomes `out` if the block succeeds and vanishes if it does not.
+
+    Raises:
+        InputError: `out` exists, its parent cannot be written, or the disk is full.
+    """
+    with _staged(out, 0) as staging:
+        yield staging / out.name
+        os.rename(staging / out.name, out)
+
+
+@contextlib.contextmanager
+def _staged(out: Path, needed_bytes: int) -> Iterator[Path]:
     refuse_existing(out)
     new_parents = [parent for parent in out.parents if not parent.exists()]
     staging = None
     try:
         staging = _make_staging(out, needed_bytes)
         yield staging
-        staging.chmod(0o755)  # mkdtemp makes folders that only their owner may read
-        os.rename(staging, out)
     except Exception as error:
         if is_disk_full(error):
             raise InputError(f"{out}: the disk is full; nothing was written") from error
@@ -48,7 +66,7 @@ def new_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
 def refuse_existing(out: Path) -> None:
     """Raises `InputError` if there is something at `out`; for callers who would rather know before they download."""
     if out.exists() or out.is_symlink():
-        raise InputError(f"{out} exists already; choose another output folder or remove it first")
+        raise InputError(f"{out} exists already; choose another output or remove it first")
 
 
 def _make_staging(out: Path, needed_bytes: int) -> Path:

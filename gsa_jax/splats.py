@@ -26,7 +26,7 @@ def init_splats(key: jax.Array, config: GPTNeoConfig, dtype: jax.typing.DTypeLik
     splats = config.splats
     assert splats is not None and splats.num_splats > 0, "the configuration has no splats"
     per_splat = (config.num_heads, splats.num_splats)
-    shapes = {"log_amplitudes": per_splat, "key_norm_gain": (config.num_heads,), "far_gain": (config.num_heads,)}
+    shapes = {"log_amplitudes": per_splat, "norm_gain": (config.num_heads,), "far_gain": (config.num_heads,)}
     return {
         "splat_centers": jax.random.normal(key, (*per_splat, config.head_dim), dtype),
         "splat_log_scales": jnp.zeros(per_splat, dtype),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gsa_jax.ops.splat_attention import splat_attention
+from gsa_jax.ops.dispatcher import splat_attention
 from gsa_jax.ops.splat_state import Splats, SplatState
 
 
@@ -56,7 +56,7 @@ def draw(
         splats = dataclasses.replace(
             splats,
             log_amplitudes=normal(heads, num_splats),
-            key_norm_gain=normal(heads, std=0.1),
+            norm_gain=normal(heads, std=0.1),
             far_gain=normal(heads),
         )
     query, key, value = (normal(batch, length, heads, head_dim).astype(dtype) for _ in range(3))

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from splat_cases import Case, assert_close, compiled, compiled_gradients, draw, relative_error
 
+from gsa_jax.ops.dispatcher import splat_attention
 from gsa_jax.ops.softmax import causal_attention
-from gsa_jax.ops.splat_attention import splat_attention
 from gsa_jax.ops.splat_state import FLOOR, Splats
 
 FAST = ("chunked", "recurrent")
@@ -43,8 +43,8 @@ def oracle(case: Case, window: int | None) -> np.ndarray:
                 if splats.log_amplitudes is not None:
                     terms = terms + splats.log_amplitudes[h]
                 score = terms.max() + np.log(np.exp(terms - terms.max()).sum()) if terms.size else -np.inf
-                if splats.key_norm_gain is not None:
-                    score += splats.key_norm_gain[h] * (k @ k)
+                if splats.norm_gain is not None:
+                    score += splats.norm_gain[h] * (q @ q + k @ k)
                 if splats.far_gain is not None:
                     score += splats.far_gain[h]
                 scores.append(score)
@@ -128,7 +128,7 @@ def test_bfloat16_inputs_are_computed_in_float32(implementation: str) -> None:
     assert bool(jnp.all(jnp.abs(output.astype(jnp.float32) - want) <= 2**-8 * jnp.abs(want) + 1e-5))
     assert_close((state.kv, state.z, state.m), (want_state.kv, want_state.z, want_state.m), 1e-5)
     for got, expected in zip(jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True):
-        assert relative_error(got, expected) < 1e-2
+        assert relative_error(got, expected) < 2e-2  # the gradient of the output is rounded to 8 bits
 
 
 @pytest.mark.parametrize("window", [0, 16])
@@ -205,7 +205,7 @@ def test_sums_of_the_state_are_those_of_the_definition() -> None:
     left = np.asarray(case.mask, np.float64)[:, :22, None, None]
     key, value = (np.asarray(x, np.float64)[:, :22] for x in (case.key, case.value))
     centers, log_scales, gain = (
-        np.asarray(x, np.float64) for x in (case.splats.centers, case.splats.log_scales, case.splats.key_norm_gain)
+        np.asarray(x, np.float64) for x in (case.splats.centers, case.splats.log_scales, case.splats.norm_gain)
     )
     squared = ((key[:, :, :, None] - centers) ** 2).sum(-1) - (centers**2).sum(-1)
     feature = -squared / (2 * np.exp(2 * log_scales)) + gain[:, None] * (key**2).sum(-1, keepdims=True)
@@ -359,6 +359,28 @@ def test_more_splats_come_closer_to_softmax() -> None:
         errors.append(relative_error(output, want))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.02 < 5 * 0.02 < errors[0]
+
+
+def test_a_grid_of_splats_with_norm_gain_is_softmax() -> None:
+    """phi_s(q) phi_s(k) = exp(-|q - k|^2 / (4 sigma^2)) exp(-|c_s - (q + k) / 2|^2 / sigma^2), and over a grid of
+    centres the second factor sums to a constant. With beta = 1 / (4 sigma^2) the first is exp(q . k / (2 sigma^2)): at
+    sigma^2 = 1/2 and with a far gain that takes the constant away, far scores are near scores."""
+    random = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(random.normal(size=(1, 64, 1, 2)), jnp.float32) for _ in range(3))
+    mask = jnp.ones((1, 64), bool)
+    spacing = 0.5
+    line = np.arange(-6, 6.1, spacing)
+    centers = jnp.asarray(np.stack(np.meshgrid(line, line), axis=-1).reshape(1, -1, 2), jnp.float32)
+    splats = Splats(
+        centers,
+        jnp.full(centers.shape[:2], np.log(0.5) / 2, jnp.float32),
+        norm_gain=jnp.array([0.5]),
+        far_gain=jnp.array([-np.log(np.pi / 2 / spacing**2)], jnp.float32),
+    )
+    want = causal_attention(query, key, value, mask)
+    for window in (0, 1, 16):
+        output, _ = splat_attention(query, key, value, splats, window=window, key_mask=mask)
+        assert relative_error(output, want) < 1e-4
 
 
 def test_default_implementation() -> None:

@@ -8,7 +8,7 @@ import pytest
 from splat_cases import draw
 
 from gsa_jax.errors import InputError
-from gsa_jax.ops.splat_attention import splat_attention
+from gsa_jax.ops.dispatcher import splat_attention
 from gsa_jax.ops.splat_state import Splats, init_splat_state
 
 

@@ -19,9 +19,9 @@ from gsa_jax.checkpoint import build_model, named_parameters
 from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig
 from gsa_jax.ops.reference import reference
 
-dispatcher = importlib.import_module("gsa_jax.ops.splat_attention")
+dispatcher = importlib.import_module("gsa_jax.ops.dispatcher")
 
-TERMS = {"log_amplitudes": True, "key_norm_gain": True, "far_gain": True}
+TERMS = {"log_amplitudes": True, "norm_gain": True, "far_gain": True}
 
 MODES = {
     "pure": SplatConfig(num_splats=3, window=0),

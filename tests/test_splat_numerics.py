@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from splat_cases import Case, compiled_gradients, draw, relative_error
 
-from gsa_jax.ops.splat_attention import splat_attention
+from gsa_jax.ops.dispatcher import splat_attention
 from gsa_jax.ops.splat_state import Splats, init_splat_state
 
 FAST = ("chunked", "recurrent")

@@ -19,10 +19,20 @@ import tyro
 
 from gsa_jax.cli.base import Command
 from gsa_jax.cli.conversion import Convert, Export, Verify
-from gsa_jax.cli.generate import Generate
+from gsa_jax.cli.evaluation import Eval
+from gsa_jax.cli.fitting import Diagnose, FitInit
+from gsa_jax.cli.generation import Generate
 from gsa_jax.errors import InputError
 
-_COMMANDS: dict[str, Any] = {"convert": Convert, "export": Export, "verify": Verify, "generate": Generate}
+_COMMANDS: dict[str, Any] = {
+    "convert": Convert,
+    "verify": Verify,
+    "generate": Generate,
+    "fit-init": FitInit,
+    "diagnose": Diagnose,
+    "eval": Eval,
+    "export": Export,
+}
 
 
 def main() -> None:

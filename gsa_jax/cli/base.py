@@ -42,7 +42,7 @@ class SplatCommand(Command):
     """Tokens seen exactly: a number, 0 for splats alone, or `all`, which leaves the splats unused."""
     layers: Literal["global", "all"] | None = None
     """Layers that have splats."""
-    terms: tuple[Literal["log_amplitudes", "key_norm_gain", "far_gain"], ...] = ()
+    terms: tuple[Literal["log_amplitudes", "norm_gain", "far_gain"], ...] = ()
     """Optional parameters of the far score."""
 
     def splat_config(self, default: SplatConfig | None) -> SplatConfig | None:

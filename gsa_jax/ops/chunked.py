@@ -28,6 +28,9 @@ chunk reads, would outweigh the chunk's."""
 
 _MAX_CHUNK = 256
 
+_STEEP = 40.0
+"""How far a feature may rise over a maximum that factors are relative to: exp(40) times exp(40) fits in float32."""
+
 _BASE = 4
 """Tokens whose scores through the splats are summed pair by pair, without factors."""
 
@@ -92,26 +95,67 @@ def _chunk(
     query, wide_values = query.astype(dtype), values.astype(dtype)
 
     features = key_features(splats, keys[:, :, :length].astype(dtype), seen[:, :length] & exists)
-    # The maximum up to each token: one that a later key sets could leave an earlier token with nothing but underflow.
-    m = jnp.maximum(_running_maximum(jax.lax.stop_gradient(features)), state.m[:, :, None, :])
     far = query_features(splats, query)
-    top = jax.lax.stop_gradient(jnp.max(far + m, axis=-1, initial=FLOOR))
-
     offset = jnp.arange(window + length) - jnp.arange(length)[:, None]
     near = jnp.einsum("bhtd,bhkd->bhtk", query, keys.astype(dtype))
     near = jnp.where((offset > 0) & (offset <= window) & seen[:, None, None, :], near, -jnp.inf)
-    top = jnp.maximum(top, jax.lax.stop_gradient(jnp.max(near, axis=-1)))
-    weights = jnp.exp(near - top[..., None])
+    near_top = jax.lax.stop_gradient(jnp.max(near, axis=-1, initial=FLOOR))
 
-    far = far - top[..., None]
-    if far.shape[-1]:
-        weights = weights + jnp.pad(_pairs_within(far, features), [(0, 0)] * 3 + [(0, window)])
-    older = jnp.exp(far + state.m[:, :, None, :])
-    numerator = jnp.einsum("bhtk,bhkd->bhtd", weights, wide_values) + jnp.einsum("bhts,bhsd->bhtd", older, state.kv)
-    denominator = jnp.sum(weights, axis=-1) + jnp.einsum("bhts,bhs->bht", older, state.z)
+    # Maxima that each token of the chunk has seen: the ones that far keys' features are taken relative to.
+    base = jnp.maximum(state.m, jax.lax.stop_gradient(features[:, :, 0]))
+    top, within = _far_within(far, features, base, state.m, near_top)
+    older = jnp.exp(far + (base[:, :, None, :] - top[..., None]))
+    weights = jnp.exp(near - top[..., None]) + jnp.pad(within, [(0, 0)] * 3 + [(0, window)])
+    kept = jnp.exp(state.m - base)
+    numerator = jnp.einsum("bhtk,bhkd->bhtd", weights, wide_values)
+    numerator += jnp.einsum("bhts,bhsd->bhtd", older, kept[..., None] * state.kv)
+    denominator = jnp.sum(weights, axis=-1) + jnp.einsum("bhts,bhs->bht", older, kept * state.z)
     output = numerator / jnp.where(denominator > 0, denominator, 1)[..., None]
 
-    return output.swapaxes(1, 2), add_to_sums(following, features, wide_values[:, :, :length], m[:, :, -1])
+    m = jnp.maximum(state.m, jax.lax.stop_gradient(jnp.max(features, axis=2)))
+    return output.swapaxes(1, 2), add_to_sums(following, features, wide_values[:, :, :length], m)
+
+
+def _far_within(
+    far: Float[Array, "B H T S"],
+    features: Float[Array, "B H T S"],
+    base: Float[Array, "B H S"],
+    m: Float[Array, "B H S"],
+    near_top: Float[Array, "B H T"],
+) -> tuple[Float[Array, "B H T"], Float[Array, "B H T T"]]:
+    """Row maxima `top`, and the sums over splats of `exp(far[t] + features[j] - top[t])` for j <= t, else 0.
+
+    The sums are a matrix product of `exp(far + base - top)` and `exp(features - base)`, unless a feature rises so far
+    over `base` that the second factor could overflow. From such a key on, tokens take `_pairs_within` instead. Whether
+    they do depends on keys up to each token alone, so that no bit of an output depends on the future.
+    """
+    length, num_splats = features.shape[2:]
+    rises = jax.lax.stop_gradient(features) - base[:, :, None, :]
+    level = jax.lax.cummax(jnp.max(rises, axis=-1, initial=-jnp.inf), axis=2) < _STEEP
+
+    def level_top() -> jax.Array:
+        return jnp.maximum(near_top, jnp.max(far + base[:, :, None, :], axis=-1, initial=FLOOR))
+
+    def level_product(top: jax.Array) -> jax.Array:
+        read = jnp.exp(far + (base[:, :, None, :] - top[..., None]))
+        added = jnp.exp(jnp.where(rises < _STEEP, features - base[:, :, None, :], -jnp.inf))
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        return jnp.where(causal, jnp.einsum("bhts,bhks->bhtk", read, added), 0)
+
+    def all_level() -> tuple[jax.Array, jax.Array]:
+        top = jax.lax.stop_gradient(level_top())
+        return top, level_product(top)
+
+    def some_steep() -> tuple[jax.Array, jax.Array]:
+        running = jnp.maximum(_running_maximum(jax.lax.stop_gradient(features)), m[:, :, None, :])
+        steep_top = jnp.maximum(near_top, jnp.max(far + running, axis=-1, initial=FLOOR))
+        top = jax.lax.stop_gradient(jnp.where(level, level_top(), steep_top))
+        pairs = _pairs_within(far - top[..., None], features)
+        return top, jnp.where(level[..., None], level_product(top), pairs)
+
+    if num_splats == 0:
+        return near_top, jnp.zeros((*near_top.shape, length), far.dtype)
+    return jax.lax.cond(jnp.all(level), all_level, some_steep)
 
 
 def _running_maximum(x: jax.Array) -> jax.Array:

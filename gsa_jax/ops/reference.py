@@ -41,8 +41,10 @@ def reference(
         log_q += splats.log_amplitudes.astype(dtype)[:, None, :]
     if splats.far_gain is not None:
         log_q += splats.far_gain.astype(dtype)[:, None, None]
-    if splats.key_norm_gain is not None:
-        log_k += splats.key_norm_gain.astype(dtype)[:, None, None] * jnp.sum(k**2, axis=-1, keepdims=True)
+    if splats.norm_gain is not None:
+        norm_gain = splats.norm_gain.astype(dtype)[:, None, None]
+        log_q += norm_gain * jnp.sum(query**2, axis=-1, keepdims=True)
+        log_k += norm_gain * jnp.sum(k**2, axis=-1, keepdims=True)
     # The state counts what all keys of a splat share with the query.
     shared = (half_inverse_variance * jnp.sum(centers**2, axis=-1))[:, None, :]
     log_q, log_k = log_q - shared, log_k + shared

@@ -20,7 +20,7 @@ FLOOR = -1e30
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["centers", "log_scales", "log_amplitudes", "key_norm_gain", "far_gain"],
+    data_fields=["centers", "log_scales", "log_amplitudes", "norm_gain", "far_gain"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Splats:
         centers: c_s.
         log_scales: log(sigma_s), isotropic.
         log_amplitudes: log(a_s); `None` means 0.
-        key_norm_gain: beta, the weight of `|key|^2` in the far score; `None` means 0.
+        norm_gain: beta, the weight of `|query|^2 + |key|^2` in the far score; `None` means 0.
         far_gain: lambda, added to each far score; `None` means 0.
     """
 
     centers: Float[Array, "H S D"]
     log_scales: Float[Array, "H S"]
     log_amplitudes: Float[Array, "H S"] | None = None
-    key_norm_gain: Float[Array, "H"] | None = None
+    norm_gain: Float[Array, "H"] | None = None
     far_gain: Float[Array, "H"] | None = None
 
 
@@ -164,24 +164,25 @@ def query_features(splats: Splats, query: Float[Array, "B H T D"]) -> Float[Arra
         shared += splats.log_amplitudes.astype(query.dtype)
     if splats.far_gain is not None:
         shared += splats.far_gain.astype(query.dtype)[:, None]
-    return _log_gaussians(splats, query, -inverse_variance / 2) + shared[:, None, :]
+    return _log_gaussians(splats, query) + shared[:, None, :]
 
 
 def key_features(splats: Splats, key: Float[Array, "B H T D"], valid: Bool[Array, "B T"]) -> Float[Array, "B H T S"]:
     """`f` of `SplatState`; -inf for keys that are not there."""
-    norm_gain = jnp.exp(-2 * splats.log_scales.astype(key.dtype)) / -2
-    if splats.key_norm_gain is not None:
-        norm_gain += splats.key_norm_gain.astype(key.dtype)[:, None]
-    return jnp.where(valid[:, None, :, None], _log_gaussians(splats, key, norm_gain), -jnp.inf)
+    return jnp.where(valid[:, None, :, None], _log_gaussians(splats, key), -jnp.inf)
 
 
-def _log_gaussians(splats: Splats, x: jax.Array, norm_gain: jax.Array) -> jax.Array:
-    """`x . c_s / sigma_s^2 + norm_gain_s |x|^2`.
+def _log_gaussians(splats: Splats, x: jax.Array) -> jax.Array:
+    """`x . c_s / sigma_s^2 + (beta - 1 / (2 sigma_s^2)) |x|^2`.
 
-    A matrix product instead of differences `x - c_s`: it is fast everywhere, and far centres or a `key_norm_gain` near
+    A matrix product instead of differences `x - c_s`: it is fast everywhere, and far centres or a beta near
     `1 / (2 sigma^2)` leave the small remainder that matters without rounding the large terms that cancel.
     """
-    directions = splats.centers.astype(x.dtype) * jnp.exp(-2 * splats.log_scales.astype(x.dtype))[..., None]
+    inverse_variance = jnp.exp(-2 * splats.log_scales.astype(x.dtype))
+    directions = splats.centers.astype(x.dtype) * inverse_variance[..., None]
     # A TPU would otherwise multiply in bfloat16, and these are exponents.
     projections = jnp.einsum("bhtd,hsd->bhts", x, directions, precision=jax.lax.Precision.HIGHEST)
-    return projections + norm_gain[:, None, :] * jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    of_norm = -inverse_variance / 2
+    if splats.norm_gain is not None:
+        of_norm += splats.norm_gain.astype(x.dtype)[:, None]
+    return projections + of_norm[:, None, :] * jnp.sum(jnp.square(x), axis=-1, keepdims=True)

@@ -42,7 +42,7 @@ def splat_attention(
         log phi_s(x) = -|x - c_s|^2 / (2 sigma_s^2)
         score(i, j)  = q_i . k_j                                              if 0 <= i - j < window
                      = logsumexp_s(log phi_s(q_i) + log phi_s(k_j) + log a_s)
-                       + beta |k_j|^2 + lambda                                if i - j >= window
+                       + beta (|q_i|^2 + |k_j|^2) + lambda                     if i - j >= window
                      = -inf                                                   if j > i, or j is padding
         out_i        = sum_j softmax_j(score(i, .)) v_j
 
@@ -124,7 +124,7 @@ def _check_inputs(
     expected = {
         "log_scales": per_splat,
         "log_amplitudes": per_splat,
-        "key_norm_gain": (heads,),
+        "norm_gain": (heads,),
         "far_gain": (heads,),
     }
     for name, shape in expected.items():

@@ -1,0 +1,123 @@
+"""Commands that fit and examine splats: `fit-init`, `diagnose`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import tyro
+
+from gsa_jax.cli.base import Command, SplatCommand, print_table, progress, status
+from gsa_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitInit(SplatCommand):
+    """Start splats where the queries and keys of a model are."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Checkpoint folder, with splats, which are replaced, or without."""
+    out: tyro.conf.Positional[Path]
+    """Checkpoint folder to make."""
+    text: Path
+    """UTF-8 file of documents to calibrate on."""
+    seed: int = 0
+    """Of the clustering and of the tokens that are looked at."""
+
+    def run(self) -> int:
+        from gsa_jax.checkpoint import CONFIG_FILE
+        from gsa_jax.config import SPLAT_PRESETS, read_config
+        from gsa_jax.files import refuse_existing
+        from gsa_jax.fit_init import fit_init
+
+        started = time.perf_counter()
+        refuse_existing(self.out)
+        stored = read_config(self.checkpoint / CONFIG_FILE).splats
+        report = fit_init(
+            self.checkpoint,
+            self.out,
+            self.text,
+            splats=self.splat_config(stored or SPLAT_PRESETS["hybrid"]),
+            seed=self.seed,
+            progress=lambda layers: progress(layers, "fitting layers"),
+        )
+        print_table(
+            f"{self.checkpoint} -> {self.out}",
+            ["layer", "head", "sigma", "far gain", "entropy: exact", "splats", "splats in use", "dead splats"],
+            [
+                [
+                    f"{head.layer}",
+                    f"{head.head}",
+                    f"{head.sigma:.3f}",
+                    "" if head.far_gain is None else f"{head.far_gain:.2f}",
+                    f"{head.teacher_entropy:.3f}",
+                    f"{head.entropy:.3f}",
+                    f"{head.usage:.1f} of {report.splats.num_splats}",
+                    f"{head.dead_splats}",
+                ]
+                for head in report.heads
+            ],
+        )
+        print(f"{report.tokens:,} tokens in {time.perf_counter() - started:.1f} s, compilation included")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Diagnose(Command):
+    """Show how the splats of a checkpoint are doing, head by head."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Checkpoint folder."""
+    text: Path
+    """UTF-8 file of documents to measure on."""
+    window: int | None = None
+    """Tokens seen exactly; as the checkpoint says by default."""
+    json: Path | None = None
+    """File to write the numbers to as well."""
+
+    def run(self) -> int:
+        from gsa_jax.diagnostics import diagnose
+
+        if self.json is not None and not self.json.parent.is_dir():
+            raise InputError(f"{self.json}: its folder does not exist; make it first")
+        with status("measuring"):
+            diagnostics = diagnose(self.checkpoint, self.text, window=self.window)
+        print_table(
+            f"{self.checkpoint}: window {diagnostics.window}, {diagnostics.tokens:,} tokens, "
+            f"loss {diagnostics.loss:.4f}; of each pair the exact model's number comes first",
+            [
+                "layer",
+                "head",
+                "sigma",
+                "entropy",
+                "far mass",
+                "splats in use",
+                "dead",
+                "gradient: centers",
+                "scales",
+                "",
+            ],
+            [
+                [
+                    f"{head.layer}",
+                    f"{head.head}",
+                    f"{head.sigma:.3f}",
+                    f"{head.exact_entropy:.3f} {head.entropy:.3f}",
+                    f"{head.exact_far_mass:.1%} {head.far_mass:.1%}",
+                    f"{head.usage:.1f} of {head.num_splats}",
+                    f"{head.dead_splats}",
+                    f"{head.centers_gradient:.1e}",
+                    f"{head.log_scales_gradient:.1e}",
+                    "DEAD" if head.is_dead else "",
+                ]
+                for head in diagnostics.heads
+            ],
+        )
+        if self.json is not None:
+            try:
+                self.json.write_text(json.dumps(diagnostics.to_json(), indent=2) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise InputError(f"{self.json}: cannot be written ({error.strerror})") from None
+        return 0

@@ -1,0 +1,252 @@
+"""What attention through splats costs a model in quality: perplexity beside the exact model, with controls.
+
+May be changed here: which arms are compared, how they are run, and what is reported. What is measured, and how its
+interval is found, is `gsa_jax.scores`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from gsa_jax.checkpoint import build_model, load_tensors, load_tokenizer
+from gsa_jax.config import GPTNeoConfig
+from gsa_jax.errors import InputError
+from gsa_jax.scores import Estimate, bucket_firsts, estimates, sum_by_document
+from gsa_jax.text import Windows, read_documents, token_windows
+from gsa_jax.train.loss import next_token_losses
+
+ARMS = ("exact", "hybrid", "window-only", "splats-only", "none")
+"""Softmax attention; window and splats as configured; no splats; no window; splat layers that attend to nothing."""
+
+Arm = tuple[GPTNeoConfig, dict[str, np.ndarray]]
+"""Configuration and parameters of an ordinary model."""
+
+_SHORTEST = 64
+"""Tokens; no window of text is padded to less."""
+
+_NO_WINDOW = (
+    "hybrid and window-only are left out: with a window of 0 the hybrid is splats-only, "
+    "and window-only has nothing to attend to"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmScore:
+    """One arm on the whole text.
+
+    Attributes:
+        cross_entropy: nats per token.
+        bits_per_byte: of the text in UTF-8.
+        perplexity_ratio: to the exact arm.
+    """
+
+    name: str
+    cross_entropy: Estimate
+    perplexity: Estimate
+    bits_per_byte: Estimate
+    perplexity_ratio: Estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """All arms on tokens by their position in their window, where 0 is the one that starts it.
+
+    Attributes:
+        first: position.
+        last: position, included.
+        tokens: predicted ones.
+        cross_entropy: of each arm, nats per token.
+        perplexity_ratio: of each arm to the exact one.
+    """
+
+    first: int
+    last: int
+    tokens: int
+    cross_entropy: dict[str, Estimate]
+    perplexity_ratio: dict[str, Estimate]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Scores, and what they are of.
+
+    Attributes:
+        arms: in the order of `ARMS`.
+        gap_closed: share of the cross-entropy between window-only and exact that splats make up for; None if an arm it
+            needs is left out, or window-only is no worse than exact.
+        notes: which arms are left out, and why.
+        tokens: predicted ones; each token of the text is, once.
+        bytes: of the text in UTF-8.
+        window: tokens that the hybrid attends to exactly in its splat layers.
+        layers: that have splats.
+    """
+
+    checkpoint: str
+    text: str
+    arms: tuple[ArmScore, ...]
+    buckets: tuple[Bucket, ...]
+    gap_closed: Estimate | None
+    notes: tuple[str, ...]
+    documents: int
+    tokens: int
+    bytes: int
+    context: int
+    window: int
+    num_splats: int
+    layers: tuple[int, ...]
+
+
+def evaluate(
+    folder: str | Path,
+    text: str | Path,
+    *,
+    window: int | None = None,
+    context: int | None = None,
+    max_documents: int | None = None,
+    batch_size: int = 8,
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> Evaluation:
+    """Scores a checkpoint with splats and its controls on a text, in float32.
+
+    Args:
+        text: UTF-8 file of documents, as `gsa_jax.text` reads them.
+        window: tokens that splat layers attend to exactly; as stored if None.
+        context: tokens of a window of text; all that the model has positions for if None.
+        max_documents: the first so many; all if None.
+        batch_size: windows of text that run together.
+        progress: wraps the names of the batches.
+
+    Raises:
+        InputError: the checkpoint, its tokenizer or the text cannot be used; there are no splats; the window is
+            infinite; or a model's losses are not finite.
+    """
+    for name, number in (("max_documents", max_documents), ("batch_size", batch_size)):
+        if number is not None and number < 1:
+            raise InputError(f"{name} = {number}: must be >= 1")
+    config, tensors = load_tensors(folder)
+    if window is not None:
+        config = config.with_window(window)
+    arms = make_arms(config, tensors)
+    splats = config.splats
+    assert splats is not None and splats.window is not None, "make_arms refuses the other ones"
+    documents = read_documents(text)[:max_documents]
+    windows = token_windows(documents, load_tokenizer(folder), config, context)
+    sums = sum_by_document(documents, windows, _losses(arms, windows, batch_size, progress))
+    found = estimates(sums)
+    length = windows.input_ids.shape[1]
+    firsts = bucket_firsts(length)
+    return Evaluation(
+        checkpoint=str(folder),
+        text=str(text),
+        arms=tuple(
+            ArmScore(
+                arm,
+                cross_entropy=found["cross_entropy", arm],
+                perplexity=found["perplexity", arm],
+                bits_per_byte=found["bits_per_byte", arm],
+                perplexity_ratio=found["perplexity_ratio", arm],
+            )
+            for arm in arms
+        ),
+        buckets=tuple(
+            Bucket(
+                first,
+                following - 1,
+                tokens,
+                cross_entropy={arm: found["cross_entropy", arm, number] for arm in arms},
+                perplexity_ratio={arm: found["perplexity_ratio", arm, number] for arm in arms},
+            )
+            for number, (first, following, tokens) in enumerate(
+                zip(firsts, [*firsts[1:], length], sums.tokens.sum(axis=0).tolist(), strict=True)
+            )
+            if tokens
+        ),
+        gap_closed=found.get(("gap_closed",)),
+        notes=() if splats.window else (_NO_WINDOW,),
+        documents=len(documents),
+        tokens=int(sums.tokens.sum()),
+        bytes=int(sums.size.sum()),
+        context=length,
+        window=splats.window,
+        num_splats=splats.num_splats,
+        layers=config.splat_layers,
+    )
+
+
+def make_arms(config: GPTNeoConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Arm]:
+    """The models to compare, by their names in `ARMS`; `"hybrid"` and `"window-only"` need a window above 0.
+
+    Raises:
+        InputError: there are no splats, or the window is infinite.
+    """
+    splats = config.splats
+    if splats is None or splats.num_splats == 0:
+        raise InputError("the checkpoint has no splats to evaluate; attach and fit them first: gsa fit-init")
+    if splats.window is None:
+        raise InputError("the checkpoint's window is infinite, so its splats are unused; give one: --window W")
+    kept = dict(tensors)
+    exact = config.with_window(None)
+    arms = {"exact": (exact, kept)}
+    if splats.window > 0:
+        windowed = dataclasses.replace(config, splats=dataclasses.replace(splats, num_splats=0))
+        arms["hybrid"] = (config, kept)
+        arms["window-only"] = (windowed, {name: tensor for name, tensor in kept.items() if ".splat_" not in name})
+    arms["splats-only"] = (config.with_window(0), kept)
+    values = [f"transformer.h.{layer}.attn.attention.v_proj.weight" for layer in config.splat_layers]
+    arms["none"] = (exact, kept | {name: np.zeros_like(kept[name]) for name in values})
+    return arms
+
+
+def _losses(
+    arms: Mapping[str, Arm], windows: Windows, batch_size: int, progress: Callable[[Iterable[str]], Iterable[str]]
+) -> dict[str, Float[np.ndarray, "N L-1"]]:
+    """Nats of each token but the first of its window; those of padding mean nothing."""
+    shape = (len(windows.document), windows.input_ids.shape[1] - 1)
+    losses = {arm: np.zeros(shape, np.float32) for arm in arms}
+    batches = _batches(windows.attention_mask, batch_size)
+
+    def results() -> Iterator[tuple[str, np.ndarray, jax.Array]]:
+        for arm, (config, tensors) in arms.items():
+            graphdef, params = nnx.split(build_model(config, tensors, param_dtype=jnp.float32))
+            for rows, length in batches:
+                full = np.resize(rows, batch_size)  # repeats some, so that all batches of a length have one shape
+                inputs = windows.input_ids[full, :length], windows.attention_mask[full, :length]
+                yield arm, rows, _batch_losses(graphdef, params, *inputs)
+
+    names = [f"{arm}, {len(rows)} x {length} tokens" for arm in arms for rows, length in batches]
+    # Accelerators would round the factors of a product.
+    with jax.default_matmul_precision("highest"):
+        for _, (arm, rows, found) in zip(progress(names), results(), strict=True):
+            losses[arm][rows, : found.shape[1]] = np.asarray(found)[: len(rows)]
+    for arm, of_arm in losses.items():
+        if not np.isfinite(of_arm[windows.attention_mask[:, 1:]]).all():
+            raise InputError(f"the {arm} model's losses are not finite; train, fit or convert it again")
+    return losses
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _batch_losses(
+    graphdef: nnx.GraphDef, params: nnx.State, ids: Int[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, "B T-1"]:
+    return next_token_losses(nnx.merge(graphdef, params)(ids, mask), ids)
+
+
+def _batches(mask: Bool[np.ndarray, "N L"], batch_size: int) -> list[tuple[Int[np.ndarray, "B"], int]]:
+    """Rows that run together, and the power of two (or L) that their tokens fit in."""
+    powers = 2 ** np.ceil(np.log2(mask.sum(axis=1))).astype(int)
+    lengths = np.minimum(np.maximum(powers, _SHORTEST), mask.shape[1])
+    return [
+        (rows[start : start + batch_size], int(length))
+        for length in np.unique(lengths)
+        for rows in [np.flatnonzero(lengths == length)]
+        for start in range(0, len(rows), batch_size)
+    ]

@@ -1,0 +1,110 @@
+"""Text files as windows of tokens that a model can be run on.
+
+May be changed here: what a document is, and how documents that are longer than a window are cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from gsa_jax.config import GPTNeoConfig
+from gsa_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DOCUMENT_SEPARATOR = "<|endoftext|>"
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """The documents of a UTF-8 file, which `DOCUMENT_SEPARATOR` separates; without white space around them.
+
+    Raises:
+        InputError: the file is missing, is not UTF-8, or holds nothing but white space and separators.
+    """
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give a text file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give a text file") from None
+    documents = [stripped for part in content.split(DOCUMENT_SEPARATOR) if (stripped := part.strip())]
+    if not documents:
+        raise InputError(f"{path}: no text in it; give a file with at least one document")
+    return documents
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Documents as rows of at most L tokens, padded on the right.
+
+    A row holds tokens of one document only. Its first token is only there for the others to follow: the document's
+    start token, or the last token of the row before. The other tokens of all rows are the documents' tokens, each once.
+
+    Attributes:
+        input_ids: int32; padding is the start token.
+        attention_mask: False for padding.
+        document: which document a row is from; rows of a document follow one another.
+    """
+
+    input_ids: Int[np.ndarray, "N L"]
+    attention_mask: Bool[np.ndarray, "N L"]
+    document: Int[np.ndarray, "N"]
+
+
+def token_windows(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    config: GPTNeoConfig,
+    context: int | None = None,
+) -> Windows:
+    """Cuts documents into windows of L = `context` tokens; all that the model has positions for by default.
+
+    Each document begins with the model's `bos_token_id`, or its `eos_token_id` if it has no other.
+
+    Raises:
+        InputError: the context is less than 2 or more than the model has positions for; the model has no start token;
+            or the tokenizer gives a document ids outside of the vocabulary, or none at all.
+    """
+    context = config.max_position_embeddings if context is None else context
+    if not 2 <= context <= config.max_position_embeddings:
+        raise InputError(
+            f"context = {context}: must be >= 2 and at most {config.max_position_embeddings}, "
+            "the number of positions of the model"
+        )
+    start = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
+    if start is None:
+        raise InputError(
+            "documents need a token to start with; set bos_token_id or eos_token_id in the model's config.json"
+        )
+    rows: Any = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    counts = np.fromiter(map(len, rows), np.int64, len(rows))
+    tokens = np.fromiter(itertools.chain.from_iterable([start, *row] for row in rows), np.int64)
+    outside = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+    if outside.size:
+        raise InputError(
+            f"token id {outside[0]} is outside of the vocabulary of {config.vocab_size}; "
+            "does the tokenizer belong to this model?"
+        )
+    if not counts.all():
+        number = int(np.argmin(counts)) + 1
+        raise InputError(f"document {number} has no tokens; does the tokenizer belong to this model?")
+
+    stride = context - 1
+    cuts = -(-counts // stride)
+    document = np.repeat(np.arange(len(rows)), cuts)
+    cut = np.arange(len(document)) - np.repeat(np.cumsum(cuts) - cuts, cuts)  # number of a window in its document
+    begins = (np.cumsum(counts + 1) - counts - 1)[document]
+    column = np.arange(context)
+    mask = (cut * stride)[:, None] + column <= counts[document, None]
+    index = np.where(mask, (begins + cut * stride)[:, None] + column, 0)
+    return Windows(np.where(mask, tokens[index], start).astype(np.int32), mask, document)
