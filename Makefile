@@ -13,10 +13,16 @@ TORCH ?= torch==2.13.0
 
 demo: $(VENV)/.demo
 	rm -rf $(DEMO)
-	$(BIN)/gsa convert $(MODEL) $(DEMO)/checkpoint --num-splats 2
-	$(BIN)/gsa verify $(MODEL) $(DEMO)/checkpoint --text tests/data/stories.txt
-	$(BIN)/gsa generate $(DEMO)/checkpoint --stream \
-		--prompt "Once upon a time, there was a little girl named Lily." --temperature 0.6 --top-p 0.9 --seed 2
+	$(BIN)/gsa convert $(MODEL) $(DEMO)/plain
+	$(BIN)/gsa verify $(MODEL) $(DEMO)/plain --text tests/data/stories.txt
+	$(BIN)/gsa fit-init $(DEMO)/plain $(DEMO)/splats --window 16 --text tests/data/told.txt
+	$(BIN)/gsa eval $(DEMO)/splats --text tests/data/stories.txt
+	@for window in all 16 0; do \
+		echo; echo "--- a story with a window of: $$window"; \
+		$(BIN)/gsa generate $(DEMO)/splats --window $$window --stream \
+			--prompt "Once upon a time, there was a little girl named Lily." \
+			--temperature 0.6 --top-p 0.9 --seed 2 || exit 1; \
+	done
 
 test: $(VENV)/.test
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache $(BIN)/python -m pytest -n 2 --strict-run

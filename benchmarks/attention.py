@@ -185,7 +185,7 @@ def measure(lengths: list[int], rounds: int) -> dict[str, dict[str, list[dict[st
                     entries.append({"length": length, "run": False, "seconds_per_call": seconds, "peak_bytes": peak})
                 else:
                     contenders[name] = (run, (which, length, *arguments))
-            measured = side_by_side.measure(contenders, rounds, turn=0.3, limit=10)
+            measured = side_by_side.measure(contenders, rounds, turn=1.0, limit=10)
             compare({name: entry for name, entry in measured.items() if name != OURS})
             for name, entry in measured.items():
                 peak = entry.pop("result")[1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -22,11 +22,10 @@ from gsa_jax.convert.names import Plan, plan
 from gsa_jax.convert.reader import Source, SourceTensor, open_source
 from gsa_jax.errors import InputError
 from gsa_jax.files import new_folder, refuse_existing
+from gsa_jax.progress import Progress
 from gsa_jax.splats import init_splats
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-Progress = Callable[[Iterable[str]], Iterable[str]]
 
 
 @dataclasses.dataclass(frozen=True)

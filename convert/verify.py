@@ -23,6 +23,7 @@ from gsa_jax.convert.importer import read_tensors
 from gsa_jax.convert.names import plan
 from gsa_jax.convert.reader import Source, open_source
 from gsa_jax.errors import InputError
+from gsa_jax.text import read_documents, token_windows
 from gsa_jax.train.loss import mean_next_token_loss
 
 _TOLERANCE = 1e-4
@@ -76,7 +77,8 @@ def verify(source: str | Path, checkpoint: str | Path, *, text: Path | None = No
     Args:
         source: the Hugging Face folder, or hub id, that the checkpoint was converted from.
         checkpoint: the checkpoint folder.
-        text: a UTF-8 file to compare on, besides random ids; at most its first 4,096 tokens are used.
+        text: a UTF-8 file of documents, as `gsa_jax.text` reads them, to compare on besides random ids; the first 8
+            windows of 512 tokens at most.
 
     Raises:
         InputError: PyTorch is not installed, a folder or the text cannot be used, or the two have different shapes.
@@ -140,22 +142,9 @@ def _random_ids(config: GPTNeoConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _text_ids(text: Path, config: GPTNeoConfig, checkpoint: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{text}: cannot be read as UTF-8 text ({error})") from None
-    tokens = load_tokenizer(checkpoint).encode(content, verbose=False)
-    if len(tokens) < 2:
-        raise InputError(f"{text}: holds {len(tokens)} tokens; at least 2 are needed")
-    if max(tokens) >= config.vocab_size:
-        raise InputError(
-            f"{text}: token id {max(tokens)} is outside of the vocabulary of {config.vocab_size}; "
-            "does the tokenizer belong to this model?"
-        )
-    window = min(_TEXT_WINDOW, config.max_position_embeddings, len(tokens))
-    count = min(len(tokens) // window, _MAX_TEXT_WINDOWS)
-    ids = np.asarray(tokens[: count * window], np.int32).reshape(count, window)
-    return ids, np.ones(ids.shape, bool)
+    context = min(_TEXT_WINDOW, config.max_position_embeddings)
+    windows = token_windows(read_documents(text), load_tokenizer(checkpoint), config, context)
+    return windows.input_ids[:_MAX_TEXT_WINDOWS], windows.attention_mask[:_MAX_TEXT_WINDOWS]
 
 
 def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[str, Oracle]]:

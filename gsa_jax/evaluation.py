@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -17,9 +17,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from gsa_jax.calibration import without_splats
 from gsa_jax.checkpoint import build_model, load_tensors, load_tokenizer
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
+from gsa_jax.progress import Progress
 from gsa_jax.scores import Estimate, bucket_firsts, estimates, sum_by_document
 from gsa_jax.text import Windows, read_documents, token_windows
 from gsa_jax.train.loss import next_token_losses
@@ -113,7 +115,7 @@ def evaluate(
     context: int | None = None,
     max_documents: int | None = None,
     batch_size: int = 8,
-    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+    progress: Progress = iter,
 ) -> Evaluation:
     """Scores a checkpoint with splats and its controls on a text, in float32.
 
@@ -194,12 +196,13 @@ def make_arms(config: GPTNeoConfig, tensors: Mapping[str, np.ndarray]) -> dict[s
     if splats.window is None:
         raise InputError("the checkpoint's window is infinite, so its splats are unused; give one: --window W")
     kept = dict(tensors)
+    _, bare = without_splats(config, kept)
     exact = config.with_window(None)
     arms = {"exact": (exact, kept)}
     if splats.window > 0:
         windowed = dataclasses.replace(config, splats=dataclasses.replace(splats, num_splats=0))
         arms["hybrid"] = (config, kept)
-        arms["window-only"] = (windowed, {name: tensor for name, tensor in kept.items() if ".splat_" not in name})
+        arms["window-only"] = (windowed, bare)
     arms["splats-only"] = (config.with_window(0), kept)
     values = [f"transformer.h.{layer}.attn.attention.v_proj.weight" for layer in config.splat_layers]
     arms["none"] = (exact, kept | {name: np.zeros_like(kept[name]) for name in values})
@@ -207,7 +210,7 @@ def make_arms(config: GPTNeoConfig, tensors: Mapping[str, np.ndarray]) -> dict[s
 
 
 def _losses(
-    arms: Mapping[str, Arm], windows: Windows, batch_size: int, progress: Callable[[Iterable[str]], Iterable[str]]
+    arms: Mapping[str, Arm], windows: Windows, batch_size: int, progress: Progress
 ) -> dict[str, Float[np.ndarray, "N L-1"]]:
     """Nats of each token but the first of its window; those of padding mean nothing."""
     shape = (len(windows.document), windows.input_ids.shape[1] - 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -36,6 +36,7 @@ from gsa_jax.errors import InputError
 from gsa_jax.files import new_folder, refuse_existing
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.ops import Splats
+from gsa_jax.progress import Progress
 from gsa_jax.splats import kmeans
 
 FIT_REPORT_FILE = "fit_init.json"
@@ -53,8 +54,6 @@ _SCALE_RANGE = (0.02, 50.0)
 _GAIN_RANGE = (-500.0, 500.0)
 
 _BISECTIONS = 24
-
-Progress = Callable[[Iterable[str]], Iterable[str]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,11 @@
-"""Commands that fit and examine splats: `fit-init`, `diagnose`."""
+"""`gsa fit-init` and `gsa diagnose`.
+
+May be changed here: their options and what they print.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -10,7 +14,6 @@ from pathlib import Path
 import tyro
 
 from gsa_jax.cli.base import Command, SplatCommand, print_table, progress, status
-from gsa_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,15 +78,16 @@ class Diagnose(Command):
     window: int | None = None
     """Tokens seen exactly; as the checkpoint says by default."""
     json: Path | None = None
-    """File to write the numbers to as well."""
+    """File to make with all numbers."""
 
     def run(self) -> int:
         from gsa_jax.diagnostics import diagnose
+        from gsa_jax.files import new_file
 
-        if self.json is not None and not self.json.parent.is_dir():
-            raise InputError(f"{self.json}: its folder does not exist; make it first")
-        with status("measuring"):
+        with status("measuring"), new_file(self.json) if self.json else contextlib.nullcontext() as staging:
             diagnostics = diagnose(self.checkpoint, self.text, window=self.window)
+            if staging is not None:
+                staging.write_text(json.dumps(diagnostics.to_json(), indent=2) + "\n", encoding="utf-8")
         print_table(
             f"{self.checkpoint}: window {diagnostics.window}, {diagnostics.tokens:,} tokens, "
             f"loss {diagnostics.loss:.4f}; of each pair the exact model's number comes first",
@@ -115,9 +119,4 @@ class Diagnose(Command):
                 for head in diagnostics.heads
             ],
         )
-        if self.json is not None:
-            try:
-                self.json.write_text(json.dumps(diagnostics.to_json(), indent=2) + "\n", encoding="utf-8")
-            except OSError as error:
-                raise InputError(f"{self.json}: cannot be written ({error.strerror})") from None
         return 0
