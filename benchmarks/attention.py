@@ -241,7 +241,7 @@ def main() -> None:
     """Measures, prints, writes, draws."""
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--longest", type=int, default=LENGTHS[-1])
     parser.add_argument("--markdown", action="store_true", help="print the figures on file, measure nothing")
     parser.add_argument("--out", type=Path, default=here / "results" / "attention.json")

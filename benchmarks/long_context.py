@@ -112,13 +112,13 @@ def read(window: int, length: int) -> Callable[[], Any]:
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "long_context.json")
     arguments = parser.parse_args()
     entries = []
     for length in CONTEXTS:
         contenders = {mode: (decode, (window, length)) for mode, window in MODES.items()}
-        measured = side_by_side.measure(contenders, arguments.rounds)
+        measured = side_by_side.measure(contenders, arguments.rounds, turn=1.0)
         reading = side_by_side.measure(
             {mode: (read, (window, length)) for mode, window in MODES.items() if window is not None}, rounds=1
         )

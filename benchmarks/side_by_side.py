@@ -30,7 +30,8 @@ def measure(
     One process per contender stays alive; in each round each contender has a turn, alone.
 
     Args:
-        turn: seconds that a turn lasts at least: short calls are repeated. Each turn has one call or more.
+        turn: seconds that a turn lasts at least: shorter calls are repeated, untimed for as long before. Each turn has
+            one timed call or more.
         limit: seconds after which a contender gets no more turns, once it had one.
     """
     context = multiprocessing.get_context("spawn")
@@ -84,14 +85,24 @@ def report(title: str, columns: list[str], rows: list[list[str]], results: dict[
 
 def _serve(pipe: Any, contender: Contender, arguments: tuple[Any, ...]) -> None:
     run = contender(*arguments)
+
+    def timed() -> tuple[float, Any]:
+        started = time.perf_counter()
+        result = run()
+        return time.perf_counter() - started, result
+
     run()  # compiles
     pipe.send("ready")
+    last = 0.0
     while (turn := pipe.recv()) is not None:
+        # A process that has been idle is slow at first: the system has taken memory away from it.
+        started = time.perf_counter()
+        while last < turn and time.perf_counter() - started < turn:
+            last, _ = timed()
         seconds, result = [], None
         while not seconds or sum(seconds) < turn:
-            started = time.perf_counter()
-            result = run()
-            seconds.append(time.perf_counter() - started)
+            last, result = timed()
+            seconds.append(last)
         pipe.send((seconds, result))
 
 
