@@ -103,13 +103,12 @@ def _chunk(
 
     # Maxima that each token of the chunk has seen: the ones that far keys' features are taken relative to.
     base = jnp.maximum(state.m, jax.lax.stop_gradient(features[:, :, 0]))
-    top, within = _far_within(far, features, base, state.m, near_top)
-    older = jnp.exp(far + (base[:, :, None, :] - top[..., None]))
+    top, read, within = _far_within(far, features, base, state.m, near_top)
     weights = jnp.exp(near - top[..., None]) + jnp.pad(within, [(0, 0)] * 3 + [(0, window)])
     kept = jnp.exp(state.m - base)
     numerator = jnp.einsum("bhtk,bhkd->bhtd", weights, wide_values)
-    numerator += jnp.einsum("bhts,bhsd->bhtd", older, kept[..., None] * state.kv)
-    denominator = jnp.sum(weights, axis=-1) + jnp.einsum("bhts,bhs->bht", older, kept * state.z)
+    numerator += jnp.einsum("bhts,bhsd->bhtd", read, kept[..., None] * state.kv)
+    denominator = jnp.sum(weights, axis=-1) + jnp.einsum("bhts,bhs->bht", read, kept * state.z)
     output = numerator / jnp.where(denominator > 0, denominator, 1)[..., None]
 
     m = jnp.maximum(state.m, jax.lax.stop_gradient(jnp.max(features, axis=2)))
@@ -122,10 +121,11 @@ def _far_within(
     base: Float[Array, "B H S"],
     m: Float[Array, "B H S"],
     near_top: Float[Array, "B H T"],
-) -> tuple[Float[Array, "B H T"], Float[Array, "B H T T"]]:
-    """Row maxima `top`, and the sums over splats of `exp(far[t] + features[j] - top[t])` for j <= t, else 0.
+) -> tuple[Float[Array, "B H T"], Float[Array, "B H T S"], Float[Array, "B H T T"]]:
+    """Row maxima `top`; `read = exp(far + base - top)`; and sums over splats of `exp(far[t] + features[j] - top[t])`
+    for j <= t, else 0.
 
-    The sums are a matrix product of `exp(far + base - top)` and `exp(features - base)`, unless a feature rises so far
+    The sums are a matrix product of `read` and `exp(features - base)`, unless a feature rises so far
     over `base` that the second factor could overflow. From such a key on, tokens take `_pairs_within` instead. Whether
     they do depends on keys up to each token alone, so that no bit of an output depends on the future.
     """
@@ -136,25 +136,26 @@ def _far_within(
     def level_top() -> jax.Array:
         return jnp.maximum(near_top, jnp.max(far + base[:, :, None, :], axis=-1, initial=FLOOR))
 
-    def level_product(top: jax.Array) -> jax.Array:
+    def level_product(top: jax.Array) -> tuple[jax.Array, jax.Array]:
         read = jnp.exp(far + (base[:, :, None, :] - top[..., None]))
         added = jnp.exp(jnp.where(rises < _STEEP, features - base[:, :, None, :], -jnp.inf))
         causal = jnp.tril(jnp.ones((length, length), bool))
-        return jnp.where(causal, jnp.einsum("bhts,bhks->bhtk", read, added), 0)
+        return read, jnp.where(causal, jnp.einsum("bhts,bhks->bhtk", read, added), 0)
 
-    def all_level() -> tuple[jax.Array, jax.Array]:
+    def all_level() -> tuple[jax.Array, ...]:
         top = jax.lax.stop_gradient(level_top())
-        return top, level_product(top)
+        return top, *level_product(top)
 
-    def some_steep() -> tuple[jax.Array, jax.Array]:
+    def some_steep() -> tuple[jax.Array, ...]:
         running = jnp.maximum(_running_maximum(jax.lax.stop_gradient(features)), m[:, :, None, :])
         steep_top = jnp.maximum(near_top, jnp.max(far + running, axis=-1, initial=FLOOR))
         top = jax.lax.stop_gradient(jnp.where(level, level_top(), steep_top))
         pairs = _pairs_within(far - top[..., None], features)
-        return top, jnp.where(level[..., None], level_product(top), pairs)
+        read, product = level_product(top)
+        return top, read, jnp.where(level[..., None], product, pairs)
 
     if num_splats == 0:
-        return near_top, jnp.zeros((*near_top.shape, length), far.dtype)
+        return near_top, far, jnp.zeros((*near_top.shape, length), far.dtype)
     return jax.lax.cond(jnp.all(level), all_level, some_steep)
 
 
