@@ -134,7 +134,7 @@ def fit_init(
     folder, out, text = Path(folder), Path(out), Path(text)
     refuse_existing(out)
     stored, tensors = load_tensors(folder)
-    config = dataclasses.replace(stored, splats=splats or stored.splats or SPLAT_PRESETS["hybrid"])
+    config = dataclasses.replace(stored, splats=splats or default_splats(stored))
     assert config.splats is not None
     if config.splats.num_splats == 0:
         raise InputError("num_splats = 0 leaves nothing to fit; give at least one splat per head")
@@ -159,6 +159,11 @@ def fit_init(
         (staging / FIT_REPORT_FILE).write_text(values + "\n", encoding="utf-8")
         save_tensors(staging, config, kept | fitted)
     return report
+
+
+def default_splats(config: GPTNeoConfig) -> SplatConfig:
+    """What is fitted if nobody says: the splats that the model has, or the preset `hybrid` if it has none."""
+    return config.splats or SPLAT_PRESETS["hybrid"]
 
 
 def fit_layers(

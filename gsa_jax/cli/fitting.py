@@ -31,18 +31,18 @@ class FitInit(SplatCommand):
 
     def run(self) -> int:
         from gsa_jax.checkpoint import CONFIG_FILE
-        from gsa_jax.config import SPLAT_PRESETS, read_config
+        from gsa_jax.config import read_config
         from gsa_jax.files import refuse_existing
-        from gsa_jax.fit_init import fit_init
+        from gsa_jax.fit_init import default_splats, fit_init
 
         started = time.perf_counter()
         refuse_existing(self.out)
-        stored = read_config(self.checkpoint / CONFIG_FILE).splats
+        stored = read_config(self.checkpoint / CONFIG_FILE)
         report = fit_init(
             self.checkpoint,
             self.out,
             self.text,
-            splats=self.splat_config(stored or SPLAT_PRESETS["hybrid"]),
+            splats=self.splat_config(default_splats(stored)),
             seed=self.seed,
             progress=lambda layers: progress(layers, "fitting layers"),
         )
