@@ -9,15 +9,15 @@ MODEL := gsa_jax/assets/story-neo
 # Exactly one version of PyTorch, so that a CPU build already at hand is taken instead of gigabytes of CUDA.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint wheel-test clean
+.PHONY: demo test test-slow lint wheel-test clean
 
 demo: $(VENV)/.demo
 	rm -rf $(DEMO)
 	$(BIN)/gsa convert $(MODEL) $(DEMO)/plain
 	$(BIN)/gsa verify $(MODEL) $(DEMO)/plain --text tests/data/stories.txt
-	$(BIN)/gsa fit-init $(DEMO)/plain $(DEMO)/splats --window 16 --text tests/data/told.txt
-	$(BIN)/gsa eval $(DEMO)/splats --text tests/data/stories.txt
-	@for window in all 16 0; do \
+	$(BIN)/gsa convert $(MODEL) $(DEMO)/splats --splats-from $(MODEL)-splats
+	$(BIN)/gsa eval $(DEMO)/splats --text tests/data/told.txt
+	@for window in all 64 0; do \
 		echo; echo "--- a story with a window of: $$window"; \
 		$(BIN)/gsa generate $(DEMO)/splats --window $$window --stream \
 			--prompt "Once upon a time, there was a little girl named Lily." \
@@ -25,7 +25,11 @@ demo: $(VENV)/.demo
 	done
 
 test: $(VENV)/.test
-	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache $(BIN)/python -m pytest -n 2 --strict-run
+	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache $(BIN)/python -m pytest -n 2 --strict-run -m "not slow"
+
+# Runs that are killed, terminated or spread over processes.
+test-slow: $(VENV)/.test
+	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache $(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

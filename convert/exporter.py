@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from gsa_jax.checkpoint import CONFIG_FILE, REPORT_FILE, TOKENIZER_FILES, load_tensors
 from gsa_jax.convert.names import EXPORT_LEAVES, export_names
+from gsa_jax.convert.splat_folder import write_splats
 from gsa_jax.errors import InputError
 from gsa_jax.files import new_folder
 
@@ -28,17 +29,23 @@ class ExportReport:
     dialect: str
 
 
-def export(checkpoint: str | Path, out: str | Path) -> ExportReport:
+def export(checkpoint: str | Path, out: str | Path, *, splats_only: bool = False) -> ExportReport:
     """Writes a folder that `transformers` 4 and 5 load, every tensor bit for bit; all or nothing.
 
     Splats go under the names of the dialect that they were imported from, or `gsa_splat_centers` and
     `gsa_splat_log_scales`; `transformers` reports them as unused.
+
+    Args:
+        splats_only: write the splats alone, for `gsa_jax.convert.convert(splats=out)` to put beside the model again.
 
     Raises:
         InputError: the checkpoint cannot be read, or the output cannot be written.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     config, tensors = load_tensors(checkpoint)
+    if splats_only:
+        splats = write_splats(out, config, tensors)
+        return ExportReport(len(splats), sum(tensor.nbytes for tensor in splats.values()), "gsa")
     dialect = _dialect(checkpoint)
     names = export_names(list(tensors), dialect)
     total = sum(tensor.nbytes for tensor in tensors.values())

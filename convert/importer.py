@@ -20,6 +20,7 @@ from gsa_jax.checkpoint import REPORT_FILE, TOKENIZER_FILES, save_tensors
 from gsa_jax.config import GPTNeoConfig, SplatConfig
 from gsa_jax.convert.names import Plan, plan
 from gsa_jax.convert.reader import Source, SourceTensor, open_source
+from gsa_jax.convert.splat_folder import read_splats
 from gsa_jax.errors import InputError
 from gsa_jax.files import new_folder, refuse_existing
 from gsa_jax.progress import Progress
@@ -61,7 +62,7 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
-    splats: SplatConfig | None = None,
+    splats: SplatConfig | Path | None = None,
     dtype: str | None = None,
     allow_nonfinite: bool = False,
     progress: Progress = iter,
@@ -73,7 +74,8 @@ def convert(
     Args:
         source: a Hugging Face folder, or a hub id.
         out: the checkpoint folder to make; must not exist.
-        splats: to attach to a source that has none; they start at random (seed 0), `gsa_jax.fit_init` fits them.
+        splats: to attach to a source that has none: a configuration, for which they start at random (seed 0) and
+            `gsa_jax.fit_init` fits them; or the folder of splats that were trained for this model.
         dtype: of the parameters; as the source stores them if None.
         allow_nonfinite: accept NaN and infinite weights.
         progress: wraps the names of the tensors while they are read.
@@ -162,15 +164,20 @@ def _common_dtype(opened: Source, planned: Plan) -> str:
     return max(DTYPES, key=dtypes.count)
 
 
-def _attach(config: GPTNeoConfig, splats: SplatConfig | None, dtype: str) -> tuple[GPTNeoConfig, dict[str, np.ndarray]]:
-    """Adds new splats to a configuration without any: the configuration, and the parameters it gained."""
+def _attach(
+    config: GPTNeoConfig, splats: SplatConfig | Path | None, dtype: str
+) -> tuple[GPTNeoConfig, dict[str, np.ndarray]]:
+    """Adds splats to a configuration without any: the configuration, and the parameters it gained."""
     if splats is None:
         return config, {}
     if config.splats is not None:
         raise InputError(
-            f"the source carries {config.splats.num_splats} splats per head already, {splats.num_splats} cannot be "
-            "attached; leave the options of splats out to import its own"
+            f"the source carries {config.splats.num_splats} splats per head already, no others can be attached; "
+            "leave the options of splats out to import its own"
         )
+    if isinstance(splats, Path):
+        splats, trained = read_splats(splats, config)
+        return dataclasses.replace(config, splats=splats), trained
     if splats.num_splats == 0:
         raise InputError("num_splats = 0: attach one splat at least, or leave the option out")
     config = dataclasses.replace(config, splats=splats)

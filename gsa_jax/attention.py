@@ -6,7 +6,7 @@ May be changed here: projections and head bookkeeping (`GPTNeoSelfAttention`), a
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.config import OPTIONAL_TERMS, GPTNeoConfig
 from gsa_jax.layers import Linear
@@ -46,9 +46,9 @@ class GPTNeoSelfAttention(nnx.Module):
         self.out_proj = projection(use_bias=True)
 
     def __call__(
-        self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"]
+        self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"] | Int[Array, "B T"]
     ) -> Float[Array, "B T E"]:
-        """Attends over the whole sequence."""
+        """Attends over the whole sequence; with an integer mask, as in `splat_attention`, within each document."""
         context, _ = self._attn(*self.project(hidden_states), attention_mask, self.window)
         return self._merge(context)
 
@@ -88,7 +88,7 @@ class GPTNeoSelfAttention(nnx.Module):
         query: Float[Array, "B T H D"],
         key: Float[Array, "B T H D"],
         value: Float[Array, "B T H D"],
-        attention_mask: Bool[Array, "B T"],
+        attention_mask: Bool[Array, "B T"] | Int[Array, "B T"],
         window: int | None,
         initial_state: SplatState | None = None,
     ) -> tuple[Float[Array, "B T H D"], SplatState | None]:
@@ -138,7 +138,7 @@ class GSASelfAttention(GPTNeoSelfAttention):
         query: Float[Array, "B T H D"],
         key: Float[Array, "B T H D"],
         value: Float[Array, "B T H D"],
-        attention_mask: Bool[Array, "B T"],
+        attention_mask: Bool[Array, "B T"] | Int[Array, "B T"],
         window: int | None,
         initial_state: SplatState | None = None,
     ) -> tuple[Float[Array, "B T H D"], SplatState | None]:

@@ -238,6 +238,46 @@ class GPTNeoConfig:
         return {"architectures": ["GPTNeoForCausalLM"], "model_type": "gpt_neo", **values}
 
 
+MESH_AXES = ("data", "fsdp", "tensor")
+"""Axes of a mesh of devices; what is laid along them is `gsa_jax.sharding`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many ways each axis cuts; their product is the number of devices."""
+
+    data: int | None = None
+    """Groups of devices that have all parameters; by default as many as there are devices for."""
+    fsdp: int = 1
+    """Devices that share one copy of the parameters and have different rows of the batch."""
+    tensor: int = 1
+    """Devices that share the heads and the MLP of the same rows."""
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """The size of each axis on so many devices.
+
+        Raises:
+            InputError: a size is below 1, or their product is not the number of devices.
+        """
+        for axis in MESH_AXES:
+            size = getattr(self, axis)
+            if size is not None and size < 1:
+                raise InputError(f"mesh {axis} = {size}: must be >= 1")
+        fixed = self.fsdp * self.tensor
+        if self.data is None and devices % fixed:
+            raise InputError(
+                f"mesh fsdp x tensor = {self.fsdp} x {self.tensor} = {fixed} does not divide the {devices} devices; "
+                "change one of them"
+            )
+        data = devices // fixed if self.data is None else self.data
+        if data * fixed != devices:
+            raise InputError(
+                f"mesh data x fsdp x tensor = {data} x {self.fsdp} x {self.tensor} = {data * fixed}, but there are "
+                f"{devices} devices; leave data out to use all of them"
+            )
+        return {"data": data, "fsdp": self.fsdp, "tensor": self.tensor}
+
+
 def read_config(path: Path) -> GPTNeoConfig:
     """Reads a `config.json`. Raises `InputError`, naming the file, if it is missing or cannot be used."""
     try:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +22,28 @@ from gsa_jax.calibration import without_splats
 from gsa_jax.checkpoint import build_model, load_tensors, load_tokenizer
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
+from gsa_jax.positions import PositionExtension, extend_positions
 from gsa_jax.progress import Progress
 from gsa_jax.scores import Estimate, bucket_firsts, estimates, sum_by_document
 from gsa_jax.text import Windows, read_documents, token_windows
 from gsa_jax.train.loss import next_token_losses
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 ARMS = ("exact", "hybrid", "window-only", "splats-only", "none")
 """Softmax attention; window and splats as configured; no splats; no window; splat layers that attend to nothing."""
 
-Arm = tuple[GPTNeoConfig, dict[str, np.ndarray]]
-"""Configuration and parameters of an ordinary model."""
+Arm = tuple[GPTNeoConfig, Mapping[str, Any]]
+"""Configuration and parameters of an ordinary model, in memory of numpy or JAX."""
 
 _SHORTEST = 64
 """Tokens; no window of text is padded to less."""
 
-_NO_WINDOW = (
+_TOKENS_AT_ONCE = 4096
+"""Whose logits are in memory together, or one window's if that is longer."""
+
+NO_WINDOW = (
     "hybrid and window-only are left out: with a window of 0 the hybrid is splats-only, "
     "and window-only has nothing to attend to"
 )
@@ -115,40 +123,116 @@ def evaluate(
     context: int | None = None,
     max_documents: int | None = None,
     batch_size: int = 8,
+    max_positions: int | None = None,
+    position_extension: PositionExtension = "interpolate",
+    reference: str | Path | None = None,
     progress: Progress = iter,
 ) -> Evaluation:
     """Scores a checkpoint with splats and its controls on a text, in float32.
 
     Args:
         text: UTF-8 file of documents, as `gsa_jax.text` reads them.
-        window: tokens that splat layers attend to exactly; as stored if None.
         context: tokens of a window of text; all that the model has positions for if None.
         max_documents: the first so many; all if None.
-        batch_size: windows of text that run together.
+        batch_size: windows of text that run together, at most.
         progress: wraps the names of the batches.
 
+    The other arguments are those of `load_arms`.
+
     Raises:
-        InputError: the checkpoint, its tokenizer or the text cannot be used; there are no splats; the window is
-            infinite; or a model's losses are not finite.
+        InputError: what `load_arms` and `score_arms` refuse, or the text cannot be used.
     """
     for name, number in (("max_documents", max_documents), ("batch_size", batch_size)):
         if number is not None and number < 1:
             raise InputError(f"{name} = {number}: must be >= 1")
-    config, tensors = load_tensors(folder)
-    if window is not None:
-        config = config.with_window(window)
-    arms = make_arms(config, tensors)
+    arms, tokenizer, _ = load_arms(
+        folder,
+        window=window,
+        max_positions=max_positions,
+        position_extension=position_extension,
+        reference=reference,
+    )
+    documents = read_documents(text)[:max_documents]
+    windows = token_windows(documents, tokenizer, arms["splats-only"][0], context)
+    return score_arms(
+        arms, documents, windows, checkpoint=str(folder), text=str(text), batch_size=batch_size, progress=progress
+    )
+
+
+def load_arms(
+    folder: str | Path,
+    *,
+    window: int | None = None,
+    max_positions: int | None = None,
+    position_extension: PositionExtension = "interpolate",
+    reference: str | Path | None = None,
+) -> tuple[dict[str, Arm], PreTrainedTokenizerBase, int]:
+    """The arms of a checkpoint with splats, its tokenizer, and how many positions it has as stored.
+
+    Args:
+        window: tokens that splat layers attend to exactly; as stored if None.
+        max_positions: positions of every arm, as `gsa_jax.positions` makes them; as stored if None.
+        position_extension: how it makes them.
+        reference: checkpoint of the model to be the exact arm, e.g. one trained on the same tokens; its own splats, if
+            it has any, are not used. The checkpoint's own exact model if None.
+
+    Raises:
+        InputError: a checkpoint or tokenizer cannot be used; there are no splats; the window is infinite; the positions
+            are fewer than the checkpoint's; or the reference has another vocabulary.
+    """
+    stored, tensors = load_tensors(folder)
+    config = stored if window is None else stored.with_window(window)
+    tokenizer = load_tokenizer(folder)
+    exact = None if reference is None else load_tensors(reference)
+    if reference is not None and load_tokenizer(reference).get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"{reference}: its tokenizer has another vocabulary than that of {folder}; give a reference "
+            "with the same one"
+        )
+    if max_positions is not None:
+        config, tensors = extend_positions(config, tensors, max_positions, position_extension)
+        if exact is not None and exact[0].max_position_embeddings < max_positions:
+            exact = extend_positions(*exact, max_positions, position_extension)
+    return make_arms(config, tensors, exact), tokenizer, stored.max_position_embeddings
+
+
+def score_arms(
+    arms: Mapping[str, Arm],
+    documents: list[str],
+    windows: Windows,
+    *,
+    checkpoint: str,
+    text: str,
+    batch_size: int = 8,
+    progress: Progress = iter,
+) -> Evaluation:
+    """Scores models in memory, in float32.
+
+    With `documents = read_documents(text)` and `windows = token_windows(documents, tokenizer, config)`, which can be
+    kept, `score_arms(make_arms(config, tensors), documents, windows, ...)` is what `evaluate` finds for the checkpoint
+    with that configuration and these tensors.
+
+    Args:
+        arms: of `make_arms`.
+        windows: of the documents.
+        checkpoint: what the result says was scored.
+        text: what the result says it was scored on.
+        batch_size: windows that run together, at most.
+        progress: wraps the names of the batches.
+
+    Raises:
+        InputError: a model's losses are not finite.
+    """
+    config, _ = arms.get("hybrid", arms["splats-only"])
     splats = config.splats
     assert splats is not None and splats.window is not None, "make_arms refuses the other ones"
-    documents = read_documents(text)[:max_documents]
-    windows = token_windows(documents, load_tokenizer(folder), config, context)
     sums = sum_by_document(documents, windows, _losses(arms, windows, batch_size, progress))
     found = estimates(sums)
     length = windows.input_ids.shape[1]
     firsts = bucket_firsts(length)
     return Evaluation(
-        checkpoint=str(folder),
-        text=str(text),
+        checkpoint=checkpoint,
+        text=text,
         arms=tuple(
             ArmScore(
                 arm,
@@ -173,7 +257,7 @@ def evaluate(
             if tokens
         ),
         gap_closed=found.get(("gap_closed",)),
-        notes=() if splats.window else (_NO_WINDOW,),
+        notes=() if splats.window else (NO_WINDOW,),
         documents=len(documents),
         tokens=int(sums.tokens.sum()),
         bytes=int(sums.size.sum()),
@@ -184,29 +268,58 @@ def evaluate(
     )
 
 
-def make_arms(config: GPTNeoConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Arm]:
-    """The models to compare, by their names in `ARMS`; `"hybrid"` and `"window-only"` need a window above 0.
+def cross_entropy(arm: Arm, windows: Windows, *, batch_size: int = 8) -> float:
+    """Nats per token of one model in memory, in float32.
 
     Raises:
-        InputError: there are no splats, or the window is infinite.
+        InputError: its losses are not finite.
+    """
+    losses = _losses({"exact": arm}, windows, batch_size, iter)["exact"]
+    return float(losses[windows.attention_mask[:, 1:]].mean(dtype=np.float64))
+
+
+def make_arms(config: GPTNeoConfig, tensors: Mapping[str, Any], reference: Arm | None = None) -> dict[str, Arm]:
+    """The models to compare, by their names in `ARMS`; `"hybrid"` and `"window-only"` need a window above 0.
+
+    Args:
+        reference: the model to be the exact arm, without its splats if it has any; the same weights if None.
+
+    Raises:
+        InputError: there are no splats, the window is infinite, or the reference has another vocabulary or too few
+            positions.
     """
     splats = config.splats
     if splats is None or splats.num_splats == 0:
         raise InputError("the checkpoint has no splats to evaluate; attach and fit them first: gsa fit-init")
     if splats.window is None:
         raise InputError("the checkpoint's window is infinite, so its splats are unused; give one: --window W")
-    kept = dict(tensors)
-    _, bare = without_splats(config, kept)
     exact = config.with_window(None)
-    arms = {"exact": (exact, kept)}
+    arms: dict[str, Arm] = {"exact": (exact, tensors)}
+    if reference is not None:
+        _check_reference(reference[0], config)
+        arms["exact"] = reference[0].with_window(None), reference[1]
     if splats.window > 0:
+        _, bare = without_splats(config, tensors)
         windowed = dataclasses.replace(config, splats=dataclasses.replace(splats, num_splats=0))
-        arms["hybrid"] = (config, kept)
+        arms["hybrid"] = (config, tensors)
         arms["window-only"] = (windowed, bare)
-    arms["splats-only"] = (config.with_window(0), kept)
+    arms["splats-only"] = (config.with_window(0), tensors)
     values = [f"transformer.h.{layer}.attn.attention.v_proj.weight" for layer in config.splat_layers]
-    arms["none"] = (exact, kept | {name: np.zeros_like(kept[name]) for name in values})
+    arms["none"] = (exact, {**tensors, **{name: np.zeros_like(tensors[name]) for name in values}})
     return arms
+
+
+def _check_reference(reference: GPTNeoConfig, config: GPTNeoConfig) -> None:
+    if reference.vocab_size != config.vocab_size:
+        raise InputError(
+            f"the reference has a vocabulary of {reference.vocab_size}, the checkpoint one of {config.vocab_size}; "
+            "give a reference with the same one"
+        )
+    if reference.max_position_embeddings < config.max_position_embeddings:
+        raise InputError(
+            f"the reference has {reference.max_position_embeddings} positions, fewer than the checkpoint's "
+            f"{config.max_position_embeddings}; extend it: --max-positions {config.max_position_embeddings}"
+        )
 
 
 def _losses(
@@ -221,7 +334,7 @@ def _losses(
         for arm, (config, tensors) in arms.items():
             graphdef, params = nnx.split(build_model(config, tensors, param_dtype=jnp.float32))
             for rows, length in batches:
-                full = np.resize(rows, batch_size)  # repeats some, so that all batches of a length have one shape
+                full = np.resize(rows, rows_at_once(length, batch_size))  # repeats some: one shape for each length
                 inputs = windows.input_ids[full, :length], windows.attention_mask[full, :length]
                 yield arm, rows, _batch_losses(graphdef, params, *inputs)
 
@@ -243,13 +356,18 @@ def _batch_losses(
     return next_token_losses(nnx.merge(graphdef, params)(ids, mask), ids)
 
 
+def rows_at_once(length: int, batch_size: int) -> int:
+    """How many rows of `length` tokens run together: fewer than `batch_size` where memory would grow with it."""
+    return max(1, min(batch_size, _TOKENS_AT_ONCE // length))
+
+
 def _batches(mask: Bool[np.ndarray, "N L"], batch_size: int) -> list[tuple[Int[np.ndarray, "B"], int]]:
     """Rows that run together, and the power of two (or L) that their tokens fit in."""
     powers = 2 ** np.ceil(np.log2(mask.sum(axis=1))).astype(int)
     lengths = np.minimum(np.maximum(powers, _SHORTEST), mask.shape[1])
     return [
-        (rows[start : start + batch_size], int(length))
+        (rows[start : start + count], int(length))
         for length in np.unique(lengths)
-        for rows in [np.flatnonzero(lengths == length)]
-        for start in range(0, len(rows), batch_size)
+        for rows, count in [(np.flatnonzero(lengths == length), rows_at_once(length, batch_size))]
+        for start in range(0, len(rows), count)
     ]

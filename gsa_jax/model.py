@@ -16,13 +16,22 @@ from jaxtyping import Array, Bool, Float, Int
 from gsa_jax.attention import GPTNeoAttention
 from gsa_jax.cache import Cache
 from gsa_jax.config import GPTNeoConfig
+from gsa_jax.errors import InputError
 from gsa_jax.layers import ACTIVATION_FUNCTIONS, Linear
 from gsa_jax.ops import SplatState, linear
+from gsa_jax.ops.documents import numbers_documents, runs
+from gsa_jax.sharding import keep_rows_apart, keep_whole
 
 
-def positions_from_mask(attention_mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Position of each token among the real ones of its row; padding gets a neighbour's, which is never looked at."""
-    return jnp.maximum(jnp.cumsum(attention_mask, axis=1, dtype=jnp.int32) - 1, 0)
+def positions_from_mask(attention_mask: Bool[Array, "B T"] | Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Position of each token among the real ones of its row, or of its document if the mask is integer; padding gets a
+    neighbour's, which is never looked at."""
+    if not numbers_documents(attention_mask):
+        return jnp.maximum(jnp.cumsum(attention_mask, axis=1, dtype=jnp.int32) - 1, 0)
+    tokens = jnp.cumsum(attention_mask != 0, axis=1, dtype=jnp.int32)
+    # Also 0 at the first slot of a row that begins with padding, as padding comes before document 1.
+    first = runs(attention_mask, jnp.zeros_like(attention_mask[:, 0])).first
+    return tokens - jnp.take_along_axis(tokens, first, axis=1)
 
 
 def _count(attention_mask: Bool[Array, "B T"]) -> Int[Array, " B"]:
@@ -39,6 +48,11 @@ def _layer_norm(config: GPTNeoConfig, dtype: jax.typing.DTypeLike, param_dtype: 
         param_dtype=param_dtype,
         rngs=nnx.Rngs(0),
     )
+
+
+def _look_up(embedding: nnx.Embed, rows: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+    """`embedding(rows)`, from a table that a mesh gathers first: the head needs it whole anyway."""
+    return jnp.take(keep_whole(embedding.embedding[...].astype(embedding.dtype)), rows, axis=0)
 
 
 class GPTNeoMLP(nnx.Module):
@@ -89,7 +103,7 @@ class GPTNeoBlock(nnx.Module):
         self.mlp = GPTNeoMLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(
-        self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"]
+        self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"] | Int[Array, "B T"]
     ) -> Float[Array, "B T E"]:
         return self._finish(hidden_states, self.attn.attention(self.ln_1(hidden_states), attention_mask))
 
@@ -147,13 +161,13 @@ class GPTNeoModel(nnx.Module):
     def __call__(
         self,
         input_ids: Int[Array, "B T"],
-        attention_mask: Bool[Array, "B T"],
+        attention_mask: Bool[Array, "B T"] | Int[Array, "B T"],
         positions: Int[Array, "B T"],
     ) -> Float[Array, "B T E"]:
-        hidden_states = self.wte(input_ids) + self.wpe(positions)
+        hidden_states = keep_rows_apart(_look_up(self.wte, input_ids) + _look_up(self.wpe, positions))
         run_block = nnx.remat(GPTNeoBlock.__call__) if self.remat else GPTNeoBlock.__call__
         for block in self.h:
-            hidden_states = run_block(block, hidden_states, attention_mask)
+            hidden_states = keep_rows_apart(run_block(block, hidden_states, attention_mask))
         return self.ln_f(hidden_states)
 
     def prefill(
@@ -207,6 +221,7 @@ class GPTNeoForCausalLM(nnx.Module):
         input_ids: Int[Array, "B T"],
         attention_mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of the next token, float32.
 
@@ -214,11 +229,25 @@ class GPTNeoForCausalLM(nnx.Module):
             input_ids: must lie in the vocabulary; an id outside of it gives NaN.
             attention_mask: nonzero for real tokens, zero for padding anywhere; all real if None. Logits of padding are
                 finite and mean nothing.
-            positions: row of the position embedding for each token; counted from the mask if None.
+            positions: row of the position embedding for each token; counted from the mask if None, from 0 in each
+                document.
+            segment_ids: number of each token's document in its row; numbers rise along a row from 1. A token sees only
+                its own document; 0 is padding.
+
+        Raises:
+            InputError: `segment_ids` has a wrong shape or dtype, or falls along a row (which can be seen only outside
+                of `jit`).
         """
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids, bool)
         attention_mask = attention_mask.astype(bool)
+        if segment_ids is not None:
+            if segment_ids.shape != input_ids.shape or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+                raise InputError(
+                    f"segment_ids is {segment_ids.dtype}{list(segment_ids.shape)}; "
+                    f"give integers of shape {list(input_ids.shape)}, as input_ids has"
+                )
+            attention_mask = jnp.where(attention_mask, segment_ids, 0)
         if positions is None:
             positions = positions_from_mask(attention_mask)
         return self._logits(self.transformer(input_ids, attention_mask, positions))

@@ -43,6 +43,43 @@ def read_documents(path: str | Path) -> list[str]:
     return documents
 
 
+def start_token(config: GPTNeoConfig) -> int:
+    """What a document begins with: the model's `bos_token_id`, or its `eos_token_id` if it has no other.
+
+    Raises:
+        InputError: it has neither.
+    """
+    start = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
+    if start is None:
+        raise InputError(
+            "documents need a token to start with; set bos_token_id or eos_token_id in the model's config.json"
+        )
+    return start
+
+
+def document_tokens(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: GPTNeoConfig
+) -> list[list[int]]:
+    """The token ids of each document, the start token first.
+
+    Raises:
+        InputError: the model has no start token, or the tokenizer gives a document ids outside of the vocabulary, or
+            none at all.
+    """
+    start = start_token(config)
+    rows: Any = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    for number, row in enumerate(rows, 1):
+        if not row:
+            raise InputError(f"document {number} has no tokens; does the tokenizer belong to this model?")
+        if min(row) < 0 or max(row) >= config.vocab_size:
+            outside = next(token for token in row if not 0 <= token < config.vocab_size)
+            raise InputError(
+                f"token id {outside} is outside of the vocabulary of {config.vocab_size}; "
+                "does the tokenizer belong to this model?"
+            )
+    return [[start, *row] for row in rows]
+
+
 @dataclasses.dataclass(frozen=True)
 class Windows:
     """Documents as rows of at most L tokens, padded on the right.
@@ -69,11 +106,9 @@ def token_windows(
 ) -> Windows:
     """Cuts documents into windows of L = `context` tokens; all that the model has positions for by default.
 
-    Each document begins with the model's `bos_token_id`, or its `eos_token_id` if it has no other.
-
     Raises:
-        InputError: the context is less than 2 or more than the model has positions for; the model has no start token;
-            or the tokenizer gives a document ids outside of the vocabulary, or none at all.
+        InputError: the context is less than 2 or more than the model has positions for; or `document_tokens` finds
+            something wrong.
     """
     context = config.max_position_embeddings if context is None else context
     if not 2 <= context <= config.max_position_embeddings:
@@ -81,23 +116,10 @@ def token_windows(
             f"context = {context}: must be >= 2 and at most {config.max_position_embeddings}, "
             "the number of positions of the model"
         )
-    start = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
-    if start is None:
-        raise InputError(
-            "documents need a token to start with; set bos_token_id or eos_token_id in the model's config.json"
-        )
-    rows: Any = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    counts = np.fromiter(map(len, rows), np.int64, len(rows))
-    tokens = np.fromiter(itertools.chain.from_iterable([start, *row] for row in rows), np.int64)
-    outside = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
-    if outside.size:
-        raise InputError(
-            f"token id {outside[0]} is outside of the vocabulary of {config.vocab_size}; "
-            "does the tokenizer belong to this model?"
-        )
-    if not counts.all():
-        number = int(np.argmin(counts)) + 1
-        raise InputError(f"document {number} has no tokens; does the tokenizer belong to this model?")
+    start = start_token(config)
+    rows = document_tokens(documents, tokenizer, config)
+    counts = np.fromiter(map(len, rows), np.int64, len(rows)) - 1
+    tokens = np.fromiter(itertools.chain.from_iterable(rows), np.int64)
 
     stride = context - 1
     cuts = -(-counts // stride)

@@ -45,7 +45,7 @@ def head_splats(tensors: dict[str, np.ndarray], layer: int, head: int) -> HeadSp
     )
 
 
-def _row(
+def row_weights(
     query: np.ndarray, keys: np.ndarray, window: int, seen: int | None, splats: HeadSplats | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights of a query over the keys up to its own, and what each splat carries of them."""
@@ -80,7 +80,7 @@ def head_statistics(
     entropies, masses, carried = [], [], []
     for sequence, rows in zip(sample.sequences, sample.rows, strict=True):
         for row in rows:
-            weights, through = _row(query[sequence, row], key[sequence, : row + 1], window, seen, splats)
+            weights, through = row_weights(query[sequence, row], key[sequence, : row + 1], window, seen, splats)
             positive = weights[weights > 0]
             entropies.append(-np.sum(positive * np.log(positive)) / np.log(row + 1))
             masses.append(weights[: max(row + 1 - window, 0)].sum())

@@ -292,7 +292,7 @@ def test_a_bad_configuration(run_gsa, tmp_path, changes, words):
         (
             lambda: tiny_tensors() | splat_tensors(GSA),
             ["--num-splats", "2"],
-            ["carries 2 splats per head already, 2 cannot be attached"],
+            ["carries 2 splats per head already, no others can be attached"],
         ),
         (
             lambda: first_element(C_FC, 70000.0),

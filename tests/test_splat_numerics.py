@@ -75,6 +75,18 @@ def test_extremes_match_float64(regime: str, window: int, implementation: str) -
     assert relative_error(gradients[3].log_scales, want_gradients[3].log_scales, reach * scale) < 1e-3
 
 
+def test_steep_features_in_chunks_of_any_length() -> None:
+    """Features that rise above 88, the logarithm of the largest float32, in a chunk whose length is no power of two."""
+    case = approaching(np.random.default_rng(1), moved(draw(LENGTH, 4, batch=1), 20 * draw(1, 4).splats.centers), 0.0)
+    case = case.slots(LENGTH - 50, LENGTH)
+    (output, _), gradients = compiled_gradients(0, "chunked")(case)
+    (want, _), want_gradients = compiled_gradients(0, "reference")(case)
+    assert relative_error(output, want) < 1e-4
+    # One key takes nearly all of the weight, so that gradients by query and key are rounding.
+    for got, expected in zip(gradients[:3], want_gradients[:3], strict=True):
+        assert relative_error(got, expected, 1.0) < 1e-3
+
+
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(
     log_sigma=st.floats(np.log(1e-3), np.log(1e3)),

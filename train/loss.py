@@ -17,6 +17,10 @@ def mean_next_token_loss(
     logits: Float[Array, "B T V"], input_ids: Int[Array, "B T"], attention_mask: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
     """Mean of `next_token_losses` over the tokens that are real and follow a real token."""
+    return mean_predicted(next_token_losses(logits, input_ids), attention_mask)
+
+
+def mean_predicted(losses: Float[Array, "B T-1"], attention_mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """Mean over the tokens that are real and follow a real token."""
     counted = attention_mask[:, 1:] & attention_mask[:, :-1]
-    losses = jnp.where(counted, next_token_losses(logits, input_ids), 0.0)
-    return jnp.sum(losses) / jnp.maximum(jnp.sum(counted), 1)
+    return jnp.sum(jnp.where(counted, losses, 0.0)) / jnp.maximum(jnp.sum(counted), 1)

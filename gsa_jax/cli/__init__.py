@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 
@@ -22,6 +22,7 @@ from gsa_jax.cli.conversion import Convert, Export, Verify
 from gsa_jax.cli.evaluation import Eval
 from gsa_jax.cli.fitting import Diagnose, FitInit
 from gsa_jax.cli.generation import Generate
+from gsa_jax.cli.training import Tokenize, Train, check_preset
 from gsa_jax.errors import InputError
 
 _COMMANDS: dict[str, Any] = {
@@ -30,6 +31,8 @@ _COMMANDS: dict[str, Any] = {
     "generate": Generate,
     "fit-init": FitInit,
     "diagnose": Diagnose,
+    "tokenize": Tokenize,
+    "train": Train,
     "eval": Eval,
     "export": Export,
 }
@@ -37,8 +40,17 @@ _COMMANDS: dict[str, Any] = {
 
 def main() -> None:
     """Entry point of `gsa`; exits with the code of the command."""
+    if sys.argv[1:2] == ["train"]:
+        try:
+            check_preset(sys.argv[2:])
+        except InputError as error:  # before tyro lists, in many lines, what it expected
+            _fail(error)
     command: Command = tyro.extras.subcommand_cli_from_dict(
-        _COMMANDS, prog="gsa", description="GPT-Neo in JAX/Flax, with attention through Gaussian splats."
+        _COMMANDS,
+        prog="gsa",
+        description="GPT-Neo in JAX/Flax, with attention through Gaussian splats.",
+        # An option of `gsa train` may stand after the preset.
+        config=(tyro.conf.CascadeSubcommandArgs,),
     )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not command.debug:
@@ -52,10 +64,14 @@ def main() -> None:
     except InputError as error:
         if command.debug:
             raise
-        print(f"gsa: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def _fail(error: InputError) -> NoReturn:
+    print(f"gsa: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _drop_late_callbacks(unraisable: sys.UnraisableHookArgs) -> None:

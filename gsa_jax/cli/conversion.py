@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from gsa_jax.cli.base import Command, SplatCommand, print_table, progress, status
+from gsa_jax.errors import InputError
 
 if TYPE_CHECKING:
     from gsa_jax.convert.verify import Comparison
@@ -25,6 +26,8 @@ class Convert(SplatCommand):
     """Hugging Face folder, or hub id (owner/name)."""
     out: tyro.conf.Positional[Path]
     """Checkpoint folder to make."""
+    splats_from: Path | None = None
+    """Folder of splats that were trained for this model, as `gsa export --splats-only` makes it."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the parameters; as the source stores them by default."""
     allow_nonfinite: bool = False
@@ -33,10 +36,13 @@ class Convert(SplatCommand):
     def run(self) -> int:
         from gsa_jax.convert import convert
 
+        splats = self.splat_config(None)
+        if splats is not None and self.splats_from is not None:
+            raise InputError("--splats-from brings a configuration of its own; leave the other options of splats out")
         report = convert(
             self.source,
             self.out,
-            splats=self.splat_config(None),
+            splats=self.splats_from or splats,
             dtype=self.dtype,
             allow_nonfinite=self.allow_nonfinite,
             progress=lambda names: progress(names, "reading tensors"),
@@ -68,12 +74,14 @@ class Export(Command):
     """Checkpoint folder."""
     out: tyro.conf.Positional[Path]
     """Hugging Face folder to make."""
+    splats_only: bool = False
+    """Write the splats alone, for `gsa convert --splats-from` to put beside the model again."""
 
     def run(self) -> int:
         from gsa_jax.convert import export
 
         with status("writing"):
-            report = export(self.checkpoint, self.out)
+            report = export(self.checkpoint, self.out, splats_only=self.splats_only)
         print_table(
             f"{self.checkpoint} -> {self.out}",
             ["what", "value"],

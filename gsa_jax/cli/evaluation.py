@@ -10,51 +10,73 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from gsa_jax.cli.base import Command, print_table, progress
+from gsa_jax.errors import InputError
 
 if TYPE_CHECKING:
     from gsa_jax.evaluation import Evaluation
+    from gsa_jax.passkey import Passkey
     from gsa_jax.scores import Estimate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval(Command):
-    """Measure what splats cost: perplexity beside the exact model, with controls and 95 % intervals."""
+    """Measure what splats cost: a model with splats beside the exact one, with controls and 95 % intervals."""
 
     checkpoint: tyro.conf.Positional[Path]
     """Checkpoint folder, with splats."""
     text: Path
     """UTF-8 file of documents that the model has not been trained on."""
+    task: Literal["perplexity", "passkey"] = "perplexity"
+    """Predict the text; or find a number hidden in it, at 1, 2, 4 and 8 times the training length."""
     window: int | None = None
     """Tokens that splat layers see exactly; 0 for splats alone. By default the checkpoint's."""
     context: int | None = None
-    """Tokens of a window of text. By default all that the model has positions for."""
+    """Tokens of a window of text, by default all that the model has positions for; in passkey, the training length, by
+    default all that the checkpoint has positions for."""
     max_documents: int | None = None
     """Use the first so many documents."""
+    max_positions: int | None = None
+    """Give all models so many positions."""
+    position_extension: Literal["interpolate", "tile"] | None = None
+    """How: stretch the position embedding, which is the default, or repeat it."""
+    reference: Path | None = None
+    """Checkpoint folder of the exact model to compare with. By default the checkpoint without its splats."""
+    items: int | None = None
+    """Of passkey, for each length: a multiple of 10, by default 50."""
     json: Path | None = None
     """File to make with all numbers."""
 
     def run(self) -> int:
         from gsa_jax.evaluation import evaluate
         from gsa_jax.files import new_file
+        from gsa_jax.passkey import Passkey, evaluate_passkey
 
+        options = self._options()
         with new_file(self.json) if self.json else contextlib.nullcontext() as staging:
-            evaluation = evaluate(
-                self.checkpoint,
-                self.text,
-                window=self.window,
-                context=self.context,
-                max_documents=self.max_documents,
-                progress=lambda batches: progress(batches, "scoring"),
-            )
+            run_task = evaluate_passkey if self.task == "passkey" else evaluate
+            found = run_task(self.checkpoint, self.text, **options)
             if staging is not None:
-                staging.write_text(json.dumps(dataclasses.asdict(evaluation), indent=2) + "\n", encoding="utf-8")
-        _print_evaluation(evaluation)
+                staging.write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
+        if isinstance(found, Passkey):
+            _print_passkey(found)
+        else:
+            _print_evaluation(found)
         return 0
+
+    def _options(self) -> dict[str, Any]:
+        """Arguments of the task's function: those that are given, and the progress bar."""
+        if self.position_extension is not None and self.max_positions is None:
+            raise InputError("--position-extension does nothing alone; say how many positions: --max-positions N")
+        if self.items is not None and self.task != "passkey":
+            raise InputError(f"--items belongs to --task passkey; leave it out of {self.task}")
+        names = ("window", "context", "max_documents", "max_positions", "position_extension", "reference", "items")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return given | {"progress": lambda batches: progress(batches, "scoring")}
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:
@@ -95,6 +117,28 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         print(f"share of the gap from window-only to exact that the splats close: {_show(evaluation.gap_closed, 3)}")
     elif not evaluation.notes:
         print("window-only is no worse than exact: there is no gap that splats could close")
+
+
+def _print_passkey(passkey: Passkey) -> None:
+    print_table(
+        f"{passkey.checkpoint}: {passkey.num_splats} splats and a window of {passkey.window} tokens "
+        f"in layers {', '.join(map(str, passkey.layers))}",
+        ["tokens", "model", f"chosen of {passkey.candidates}", "said", "nats for being told"],
+        [
+            [
+                f"{row.length:,} ({row.multiple}x)",
+                arm.name,
+                _show(arm.chosen, 3),
+                _show(arm.said, 3),
+                _show(arm.margin, 3),
+            ]
+            for row in passkey.rows
+            for arm in row.arms
+        ],
+    )
+    for note in passkey.notes:
+        print(note)
+    print(f"{passkey.items} items of each length; by chance {1 / passkey.candidates:.3f} of them are chosen rightly")
 
 
 def _show(estimate: Estimate, digits: int) -> str:

@@ -8,8 +8,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from gsa_jax.ops.documents import Runs, numbers_documents, runs, visible_keys
 from gsa_jax.ops.splat_state import (
     FLOOR,
     Splats,
@@ -40,7 +41,7 @@ def chunked(
     query: Float[Array, "B T H D"],
     key: Float[Array, "B T H D"],
     value: Float[Array, "B T H D"],
-    valid: Bool[Array, "B T"],
+    valid: Bool[Array, "B T"] | Int[Array, "B T"],
     splats: Splats,
     state: SplatState,
     chunk_size: int | None = None,
@@ -48,10 +49,17 @@ def chunked(
     """A scan over chunks that carries the state: O(W + S) per token, in time and memory, forward and backward.
 
     The backward pass recomputes each chunk from the state at its start.
+
+    With documents in `valid` the state before must be empty, and the one after is of the last document alone.
     """
     batch, length, heads, head_dim = query.shape
     size = min(chunk_size or min(max(state.key.shape[2], _CHUNK), _MAX_CHUNK), length)
     count = -(-length // size)
+    # The document whose keys the sums hold. Only one can have any still to be read, as numbers never fall.
+    document = None
+    if numbers_documents(valid):
+        document = jnp.zeros(batch, valid.dtype)
+        state = dataclasses.replace(state, valid=state.valid.astype(valid.dtype))
     state = roll_window(state, -state.length)
     final = append_to_window(state, key, value, valid)
 
@@ -60,14 +68,15 @@ def chunked(
         return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def body(state: SplatState, tokens: tuple[jax.Array, ...]) -> tuple[SplatState, jax.Array]:
+    def body(carried: tuple[SplatState, jax.Array | None], tokens: tuple[jax.Array, ...]):
         query, key, value, valid, exists = tokens
-        output, state = _chunk(query, key, value, valid, exists, splats, state)
-        return state, output
+        output, state, document = _chunk(query, key, value, valid, exists, splats, *carried)
+        return (state, document), output
 
     # Slots past the end are kept out of the sums; the window they have slid through is the one thing to put right.
     exists = jnp.arange(count * size).reshape(count, size) < length
-    state, output = jax.lax.scan(body, state, (*map(chunks, (query, key, value, valid)), exists))
+    tokens = (*map(chunks, (query, key, value, valid)), exists)
+    (state, _), output = jax.lax.scan(body, (state, document), tokens)
     output = jnp.moveaxis(output, 0, 1).reshape(batch, count * size, heads, head_dim)[:, :length]
     state = dataclasses.replace(state, key=final.key, value=final.value, valid=final.valid, length=final.length)
     return output, roll_window(state, state.length)
@@ -81,8 +90,9 @@ def _chunk(
     exists: jax.Array,
     splats: Splats,
     state: SplatState,
-) -> tuple[jax.Array, SplatState]:
-    """Outputs of T tokens and the state after them; the state's window is in the order of time.
+    document: jax.Array | None,
+) -> tuple[jax.Array, SplatState, jax.Array | None]:
+    """Outputs of T tokens, the state after them and the document of its sums; the window is in the order of time.
 
     Of the W + T keys at hand, token t sees key j through the splats if j <= t, and exactly if t < j <= t + W.
     """
@@ -94,33 +104,56 @@ def _chunk(
     seen = jnp.concatenate([state.valid, valid], axis=1)
     query, wide_values = query.astype(dtype), values.astype(dtype)
 
-    features = key_features(splats, keys[:, :, :length].astype(dtype), seen[:, :length] & exists)
+    leaving = keys[:, :, :length].astype(dtype)
+    left = seen[:, :length] & exists if document is None else jnp.where(exists, seen[:, :length], 0)
+    features = key_features(splats, leaving, left)
     far = query_features(splats, query)
     offset = jnp.arange(window + length) - jnp.arange(length)[:, None]
     near = jnp.einsum("bhtd,bhkd->bhtk", query, keys.astype(dtype))
-    near = jnp.where((offset > 0) & (offset <= window) & seen[:, None, None, :], near, -jnp.inf)
+    near = jnp.where((offset > 0) & (offset <= window) & visible_keys(valid, seen), near, -jnp.inf)
     near_top = jax.lax.stop_gradient(jnp.max(near, axis=-1, initial=FLOOR))
 
     # Maxima that each token of the chunk has seen: the ones that far keys' features are taken relative to.
-    base = jnp.maximum(state.m, jax.lax.stop_gradient(features[:, :, 0]))
-    top, read, within = _far_within(far, features, base, state.m, near_top)
+    run, m, opening = None, state.m, features[:, :, 0]
+    if document is not None:
+        # Of the documents that far keys have reached, a token reads its own or none, and the sums if they are of it.
+        # Each has maxima of its own: relative to those of another, its weights could vanish.
+        run = runs(left, document)
+        far = jnp.where(_per_token(run.number == valid), far, -jnp.inf)
+        m = jnp.where(_per_token(run.goes_on), state.m[:, :, None, :], FLOOR)
+        opening = jnp.take_along_axis(features, _per_token(run.first), axis=2)
+    base = jnp.maximum(m, jax.lax.stop_gradient(opening))
+    top, read, within = _far_within(far, features, base, m, near_top, run)
     weights = jnp.exp(near - top[..., None]) + jnp.pad(within, [(0, 0)] * 3 + [(0, window)])
-    kept = jnp.exp(state.m - base)
+    if run is not None:
+        # The document of the sums is the one at the first slot, or has no reader left.
+        m, base, read = m[:, :, 0], base[:, :, 0], jnp.where(_per_token(run.goes_on), read, 0)
+    kept = jnp.exp(m - base)
     numerator = jnp.einsum("bhtk,bhkd->bhtd", weights, wide_values)
     numerator += jnp.einsum("bhts,bhsd->bhtd", read, kept[..., None] * state.kv)
     denominator = jnp.sum(weights, axis=-1) + jnp.einsum("bhts,bhs->bht", read, kept * state.z)
     output = numerator / jnp.where(denominator > 0, denominator, 1)[..., None]
 
-    m = jnp.maximum(state.m, jax.lax.stop_gradient(jnp.max(features, axis=2)))
-    return output.swapaxes(1, 2), add_to_sums(following, features, wide_values[:, :, :length], m)
+    if run is not None:
+        # Only the last document can have readers to come. Sums relative to `FLOOR` count exp(FLOOR - m) = 0.
+        document = run.number[:, -1]
+        features = jnp.where(_per_token(run.number == document[:, None]), features, -jnp.inf)
+        following = dataclasses.replace(following, m=jnp.where(run.goes_on[:, -1, None, None], state.m, FLOOR))
+    m = jnp.maximum(following.m, jax.lax.stop_gradient(jnp.max(features, axis=2)))
+    return output.swapaxes(1, 2), add_to_sums(following, features, wide_values[:, :, :length], m), document
+
+
+def _per_token(x: Shaped[Array, "B T"]) -> Shaped[Array, "B 1 T 1"]:
+    return x[:, None, :, None]
 
 
 def _far_within(
     far: Float[Array, "B H T S"],
     features: Float[Array, "B H T S"],
-    base: Float[Array, "B H S"],
-    m: Float[Array, "B H S"],
+    base: Float[Array, "B H *#T S"],
+    m: Float[Array, "B H *#T S"],
     near_top: Float[Array, "B H T"],
+    run: Runs | None,
 ) -> tuple[Float[Array, "B H T"], Float[Array, "B H T S"], Float[Array, "B H T T"]]:
     """Row maxima `top`; `read = exp(far + base - top)`; and sums over splats of `exp(far[t] + features[j] - top[t])`
     for j <= t, else 0.
@@ -130,16 +163,25 @@ def _far_within(
     they do depends on keys up to each token alone, so that no bit of an output depends on the future.
     """
     length, num_splats = features.shape[2:]
-    rises = jax.lax.stop_gradient(features) - base[:, :, None, :]
-    level = jax.lax.cummax(jnp.max(rises, axis=-1, initial=-jnp.inf), axis=2) < _STEEP
+    number = None if run is None else run.number
+    spread = (lambda x: x[:, :, None, :]) if run is None else (lambda x: x)
+    rises = jax.lax.stop_gradient(features) - spread(base)
+    highest = jnp.max(rises, axis=-1, initial=-jnp.inf)
+    if run is None:
+        level = jax.lax.cummax(highest, axis=2) < _STEEP
+    else:
+        last_steep = jax.lax.cummax(jnp.where(highest < _STEEP, -1, jnp.arange(length)), axis=2)
+        level = last_steep < run.first[:, None, :]
 
     def level_top() -> jax.Array:
-        return jnp.maximum(near_top, jnp.max(far + base[:, :, None, :], axis=-1, initial=FLOOR))
+        return jnp.maximum(near_top, jnp.max(far + spread(base), axis=-1, initial=FLOOR))
 
     def level_product(top: jax.Array) -> tuple[jax.Array, jax.Array]:
-        read = jnp.exp(far + (base[:, :, None, :] - top[..., None]))
-        added = jnp.exp(jnp.where(rises < _STEEP, features - base[:, :, None, :], -jnp.inf))
+        read = jnp.exp(far + (spread(base) - top[..., None]))
+        added = jnp.exp(jnp.where(rises < _STEEP, features - spread(base), -jnp.inf))
         causal = jnp.tril(jnp.ones((length, length), bool))
+        if number is not None:
+            causal &= visible_keys(number, number)
         return read, jnp.where(causal, jnp.einsum("bhts,bhks->bhtk", read, added), 0)
 
     def all_level() -> tuple[jax.Array, ...]:
@@ -147,10 +189,10 @@ def _far_within(
         return top, *level_product(top)
 
     def some_steep() -> tuple[jax.Array, ...]:
-        running = jnp.maximum(_running_maximum(jax.lax.stop_gradient(features)), m[:, :, None, :])
+        running = jnp.maximum(_running_maximum(jax.lax.stop_gradient(features), number), spread(m))
         steep_top = jnp.maximum(near_top, jnp.max(far + running, axis=-1, initial=FLOOR))
         top = jax.lax.stop_gradient(jnp.where(level, level_top(), steep_top))
-        pairs = _pairs_within(far - top[..., None], features)
+        pairs = _pairs_within(far - top[..., None], features, number)
         read, product = level_product(top)
         return top, read, jnp.where(level[..., None], product, pairs)
 
@@ -159,8 +201,16 @@ def _far_within(
     return jax.lax.cond(jnp.all(level), all_level, some_steep)
 
 
-def _running_maximum(x: jax.Array) -> jax.Array:
-    """`lax.cummax` over the tokens, in two short strides: on CPU, its work is the length of the stride per token."""
+def _running_maximum(x: jax.Array, number: jax.Array | None) -> jax.Array:
+    """Maximum of the tokens so far, or of those so far whose document is `number` of the last."""
+    if number is not None:
+
+        def combine(earlier: tuple[jax.Array, jax.Array], later: tuple[jax.Array, jax.Array]):
+            same = earlier[0] == later[0]
+            return later[0], jnp.where(same, jnp.maximum(earlier[1], later[1]), later[1])
+
+        return jax.lax.associative_scan(combine, (_per_token(number), x), axis=2)[1]
+    # In two short strides: on CPU, the work of `lax.cummax` is the length of the stride per token.
     length = x.shape[2]
     stride = min(_BASE, length)
     padded = jnp.pad(x, [(0, 0), (0, 0), (0, -length % stride), (0, 0)], constant_values=-jnp.inf)
@@ -171,18 +221,21 @@ def _running_maximum(x: jax.Array) -> jax.Array:
     return jnp.maximum(inside, before[:, :, :, None, :]).reshape(padded.shape)[:, :, :length]
 
 
-def _pairs_within(far: jax.Array, features: jax.Array) -> jax.Array:
+def _pairs_within(far: jax.Array, features: jax.Array, number: jax.Array | None) -> jax.Array:
     """`[B, H, T, T]`: the sum over splats of `exp(far[t] + features[j])` for j <= t, else 0.
 
     The sum becomes a matrix product by `exp(far + r) exp(features - r)`, which is only safe if no key after t sets r.
     So the tokens are halved again and again: the later half reads the earlier one through r = the earlier half's
     maximum, and what is left at the end are small blocks along the diagonal.
+
+    With documents, `[t, j]` is 0 too unless `number` is equal at t and j. Of an earlier half, a later one can then
+    share none but the last document, and that one's maximum is r.
     """
     length, num_splats = far.shape[2:]
     base = min(_BASE, length)
     count = 1 << (-(-length // base) - 1).bit_length()
     tail = [(0, 0), (0, 0), (0, count * base - length), (0, 0)]
-    far = jnp.pad(far, tail)
+    far = jnp.pad(far, tail, constant_values=-jnp.inf)
     features = jnp.pad(features, tail, constant_values=-jnp.inf)
 
     def blocks(x: jax.Array, *shape: int) -> jax.Array:
@@ -190,11 +243,20 @@ def _pairs_within(far: jax.Array, features: jax.Array) -> jax.Array:
 
     scores = blocks(far, count, base, 1) + blocks(features, count, 1, base)
     causal = jnp.tril(jnp.ones((base, base), bool))[..., None]
+    if number is not None:
+        number = jnp.pad(number, tail[1:3], mode="edge")
+        of_block = number.reshape(-1, 1, count, base, 1)
+        causal &= (of_block == of_block.swapaxes(3, 4))[..., None]
     weights = jnp.sum(jnp.exp(jnp.where(causal, scores, -jnp.inf)), axis=-1)
     while count > 1:
         count //= 2
         later = blocks(far, count, 2, base)[:, :, :, 1]
         earlier = blocks(features, count, 2, base)[:, :, :, 0]
+        if number is not None:
+            halves = number.reshape(-1, 1, count, 2, base, 1)
+            last = halves[:, :, :, 0, -1:]
+            earlier = jnp.where(halves[:, :, :, 0] == last, earlier, -jnp.inf)
+            later = jnp.where(halves[:, :, :, 1] == last, later, -jnp.inf)
         maximum = jax.lax.stop_gradient(jnp.max(earlier, axis=3, keepdims=True, initial=FLOOR))
         across = jnp.einsum("bhnts,bhnks->bhntk", jnp.exp(later + maximum), jnp.exp(earlier - maximum))
         upper = jnp.pad(weights[:, :, 0::2], [(0, 0)] * 4 + [(0, base)])

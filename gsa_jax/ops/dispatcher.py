@@ -5,22 +5,31 @@ implementations give the same outputs, gradients and states.
 """
 
 import dataclasses
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.errors import InputError
 from gsa_jax.ops.chunked import chunked
+from gsa_jax.ops.documents import numbers_documents
 from gsa_jax.ops.recurrent import recurrent
 from gsa_jax.ops.reference import reference
 from gsa_jax.ops.softmax import causal_attention
 from gsa_jax.ops.splat_state import Splats, SplatState, append_to_window, init_splat_state, roll_window
+from gsa_jax.sharding import BATCH, HEADS, ROWS_AND_HEADS, TOKENS_AND_HEADS, per_rows_and_heads
 
 Implementation = Literal["reference", "chunked", "recurrent"]
+
+_SPECS: dict[str, Any] = {field.name: ROWS_AND_HEADS for field in dataclasses.fields(SplatState)}
+_SPECS |= {"valid": BATCH, "length": P()}
+_STATE_SPECS = SplatState(**_SPECS)
+"""How a mesh cuts the state."""
 
 
 def splat_attention(
@@ -30,7 +39,7 @@ def splat_attention(
     splats: Splats,
     *,
     window: int | None,
-    key_mask: Bool[Array, "B T"],
+    key_mask: Bool[Array, "B T"] | Int[Array, "B T"],
     initial_state: SplatState | None = None,
     implementation: Implementation | None = None,
     chunk_size: int | None = None,
@@ -63,19 +72,27 @@ def splat_attention(
             the path of `causal_attention`, bit for bit.
         key_mask: False for padding, anywhere. Padding contributes nothing to outputs, state or gradients, whatever
             finite numbers it holds. Its own output is 0, or arbitrary and finite where the window holds everything.
+            An integer mask packs documents into a row: 0 for padding, else the number of the token's document, which
+            must never fall along the row. The score of a key of another document is -inf, and no output or gradient
+            depends on it.
         initial_state: what an earlier call returned for the tokens before these.
         implementation: `None` is "recurrent" for one token that continues a state, otherwise "chunked".
         chunk_size: tokens per chunk of "chunked"; affects speed and memory, results only in rounding.
 
     Returns:
-        The output, in the dtype of `value`, and the state after the last token; no state for `window=None`.
+        The output, in the dtype of `value`, and the state after the last token; no state for `window=None` or an
+        integer `key_mask`.
 
     Raises:
-        InputError: an argument has a wrong value, shape or dtype, or splats are not finite (which can be seen only
-            outside of `jit`).
+        InputError: an argument has a wrong value, shape or dtype; an integer `key_mask` comes with `initial_state` or
+            "recurrent"; splats are not finite or document numbers fall (which can be seen only outside of `jit`).
     """
     _check_inputs(query, key, value, splats, window, key_mask)
     _check_choices(window, initial_state, implementation, chunk_size)
+    packed = numbers_documents(key_mask)
+    if packed:
+        _check_documents(key_mask, initial_state, implementation)
+        key_mask = key_mask.astype(jnp.int32)
     batch, length = key_mask.shape
     if implementation is None:
         implementation = "recurrent" if length == 1 and initial_state is not None else "chunked"
@@ -83,7 +100,7 @@ def splat_attention(
 
     if holds_all and implementation == "chunked":
         output = causal_attention(query, key, value, key_mask)
-        if window is None:
+        if window is None or packed:
             return output, None
         state = init_splat_state(splats, batch, window, key.dtype)
         return output, roll_window(append_to_window(state, key, value, key_mask), length)
@@ -93,12 +110,18 @@ def splat_attention(
         _check_state(initial_state, state)
         state = initial_state
     if implementation == "chunked":
-        output, state = chunked(query, key, value, key_mask, splats, state, chunk_size)
+        tokens = TOKENS_AND_HEADS
+        run = per_rows_and_heads(
+            functools.partial(chunked, chunk_size=chunk_size),
+            in_specs=(tokens, tokens, tokens, BATCH, HEADS, _STATE_SPECS),
+            out_specs=(tokens, _STATE_SPECS),
+        )
+        output, state = run(query, key, value, key_mask, splats, state)
     else:
         run = {"reference": reference, "recurrent": recurrent}[implementation]
         output, state = run(query, key, value, key_mask, splats, state)
     output = jnp.where(key_mask[:, :, None, None], output, 0).astype(value.dtype)
-    return output, None if window is None else state
+    return output, None if window is None or packed else state
 
 
 def _check_inputs(
@@ -113,9 +136,10 @@ def _check_inputs(
         raise InputError(
             f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; cast them to one dtype"
         )
-    if key_mask.shape != query.shape[:2] or key_mask.dtype != bool:
+    if key_mask.shape != query.shape[:2] or not (key_mask.dtype == bool or jnp.issubdtype(key_mask.dtype, jnp.integer)):
         raise InputError(
-            f"key_mask is {key_mask.dtype}{list(key_mask.shape)}; give bool{list(query.shape[:2])}, False for padding"
+            f"key_mask is {key_mask.dtype}{list(key_mask.shape)}; give bool{list(query.shape[:2])}, False for padding, "
+            "or document numbers as integers"
         )
     heads, head_dim = query.shape[2:]
     if splats.centers.ndim != 3 or splats.centers.shape[::2] != (heads, head_dim):
@@ -158,6 +182,23 @@ def _check_choices(
         raise InputError(f"chunk_size = {chunk_size!r}; give a number of tokens >= 1, or None")
     if implementation not in (None, "chunked"):
         raise InputError(f"chunk_size does nothing for implementation = {implementation!r}; leave it out")
+
+
+def _check_documents(documents: jax.Array, initial_state: SplatState | None, implementation: str | None) -> None:
+    if initial_state is not None:
+        raise InputError(
+            "an integer key_mask begins its documents anew; leave initial_state out, or give a bool key_mask"
+        )
+    if implementation == "recurrent":
+        raise InputError(
+            "implementation = 'recurrent' reads one document; give a bool key_mask, or implementation None"
+        )
+    if isinstance(documents, Tracer):
+        return
+    numbers = np.asarray(documents)
+    reached = np.maximum.accumulate(numbers, axis=1)
+    if np.any((numbers != 0) & (numbers != reached)) or np.any(numbers < 0):
+        raise InputError("document numbers in key_mask fall along a row; number documents 1, 2, ... and padding 0")
 
 
 def _check_state(state: SplatState, expected: SplatState) -> None:

@@ -7,8 +7,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from gsa_jax.ops.documents import visible_keys
 from gsa_jax.ops.splat_state import FLOOR, Splats, SplatState, heads_first, roll_window
 
 
@@ -16,11 +17,14 @@ def reference(
     query: Float[Array, "B T H D"],
     key: Float[Array, "B T H D"],
     value: Float[Array, "B T H D"],
-    valid: Bool[Array, "B T"],
+    valid: Bool[Array, "B T"] | Int[Array, "B T"],
     splats: Splats,
     state: SplatState,
 ) -> tuple[Float[Array, "B T H D"], SplatState]:
-    """The dense form: O(T^2 S) time and memory, float32 or float64 as `state.z` is."""
+    """The dense form: O(T^2 S) time and memory, float32 or float64 as `state.z` is.
+
+    With documents in `valid` the state before must be empty, and the one after means nothing.
+    """
     length, window, dtype = query.shape[1], state.key.shape[2], state.z.dtype
     query, key, value = (heads_first(x, valid) for x in (query, key, value))
     state = roll_window(state, -state.length)
@@ -53,7 +57,7 @@ def reference(
     near = jnp.einsum("bhtd,bhkd->bhtk", query, k)
     far = jax.nn.logsumexp(log_q[:, :, :, None, :] + log_k[:, :, None, :, :], axis=-1)
     scores = jnp.where(distance < window, near, far)
-    scores = jnp.where((distance >= 0) & seen[:, None, None, :], scores, -jnp.inf)
+    scores = jnp.where((distance >= 0) & visible_keys(valid, seen), scores, -jnp.inf)
     older = log_q + state.m[:, :, None, :]  # each splat's past counts as z keys of this score
 
     top = jnp.max(jnp.concatenate([scores, older], axis=-1), axis=-1, keepdims=True, initial=FLOOR)

@@ -6,7 +6,9 @@ sum over fewer keys.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
+
+from gsa_jax.ops.documents import visible_keys
 
 _BLOCK = 256
 """Queries per block, at least. Sequences up to twice as long take the plain dense path."""
@@ -22,15 +24,16 @@ def causal_attention(
     query: Float[Array, "B T H D"],
     key: Float[Array, "B T H D"],
     value: Float[Array, "B T H D"],
-    key_mask: Bool[Array, "B T"],
+    key_mask: Bool[Array, "B T"] | Int[Array, "B T"],
 ) -> Float[Array, "B T H D"]:
     """Softmax attention over the past, as in `transformers` v4.57 `GPTNeoSelfAttention._attn`.
 
     Scores are `q . k`, NOT divided by sqrt(D), and computed in float32 whatever the inputs are. Query i sees the keys
-    j <= i with `key_mask[j]`. Cost: O(T^2) in time and memory.
+    j <= i with `key_mask[j]`, or, if the mask is integer, those of its own document. Cost: O(T^2) in time and memory.
 
     Args:
-        key_mask: False for padding. A query that sees no key gets an arbitrary finite result.
+        key_mask: False for padding; or the number of each token's document, 0 for padding. A query that sees no key
+            gets an arbitrary finite result.
     """
     length = query.shape[1]
     block = max(_BLOCK, -(-length // _MAX_BLOCKS))
@@ -41,7 +44,7 @@ def causal_attention(
     for start in range(0, length, block):
         stop = min(start + block, length)
         causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
-        allowed = causal & key_mask[:, None, None, :stop]
+        allowed = causal & visible_keys(key_mask[:, start:stop], key_mask[:, :stop])
         outputs.append(_attend(query[:, start:stop], key[:, :stop], value[:, :stop], allowed))
     return jnp.concatenate(outputs, axis=1)
 

@@ -112,13 +112,16 @@ def roll_window(state: SplatState, shift: int | Int[Array, ""]) -> SplatState:
     )
 
 
-def heads_first(x: Float[Array, "B T H D"], valid: Bool[Array, "B T"]) -> Float[Array, "B H T D"]:
+def heads_first(x: Float[Array, "B T H D"], valid: Bool[Array, "B T"] | Int[Array, "B T"]) -> Float[Array, "B H T D"]:
     """The layout of the dot products, with zeros in place of whatever padding holds: no `0 * inf` can come from it."""
     return jnp.where(valid[:, :, None, None], x, 0).swapaxes(1, 2)
 
 
 def append_to_window(
-    state: SplatState, key: Float[Array, "B T H D"], value: Float[Array, "B T H D"], valid: Bool[Array, "B T"]
+    state: SplatState,
+    key: Float[Array, "B T H D"],
+    value: Float[Array, "B T H D"],
+    valid: Bool[Array, "B T"] | Int[Array, "B T"],
 ) -> SplatState:
     """Moves a window that is in the order of time on by T slots; the sums stay as they are."""
     length, window = key.shape[1], state.key.shape[2]
@@ -167,7 +170,9 @@ def query_features(splats: Splats, query: Float[Array, "B H T D"]) -> Float[Arra
     return _log_gaussians(splats, query) + shared[:, None, :]
 
 
-def key_features(splats: Splats, key: Float[Array, "B H T D"], valid: Bool[Array, "B T"]) -> Float[Array, "B H T S"]:
+def key_features(
+    splats: Splats, key: Float[Array, "B H T D"], valid: Bool[Array, "B T"] | Int[Array, "B T"]
+) -> Float[Array, "B H T S"]:
     """`f` of `SplatState`; -inf for keys that are not there."""
     return jnp.where(valid[:, None, :, None], _log_gaussians(splats, key), -jnp.inf)
 

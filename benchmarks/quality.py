@@ -1,0 +1,131 @@
+"""What attention through splats costs in quality, row by row of docs/results.md.
+
+    python benchmarks/quality.py ROW --text TRAIN --eval-text VALID --out FOLDER
+
+runs the `gsa` commands of a row on the bundled model, prints each of them and what it found, and adds the row to
+benchmarks/results/quality.json. Commands whose result is there are not repeated; trainings go on where they stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "quality.json"
+MODEL = Path(__file__).parents[1] / "gsa_jax" / "assets" / "story-neo"
+
+DISTILL = "--steps 400 --batch-size 4 --optimizer.warmup-steps 20"
+FINETUNE = "--steps 400 --batch-size 4 --optimizer.warmup-steps 20 --optimizer.learning-rate 5e-4"
+SHORT = "--steps 150 --batch-size 4 --optimizer.warmup-steps 20"
+WITH_TEACHER = FINETUNE + " --teacher-weight 0.5"
+NO_TERMS = "--preset seed-phase1 --layers global"
+HARD = "--num-splats 64 --window 16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Options of a row's commands; without `finetune`, splats are only distilled.
+
+    Attributes:
+        attach: of `fit-init`; of `convert` if the row is to start from random splats.
+        documents: of the held-out text, the first so many; all if None.
+    """
+
+    attach: str
+    distill: str = DISTILL
+    finetune: str | None = WITH_TEACHER
+    random: bool = False
+    documents: int | None = None
+
+
+def _ablation(attach: str = HARD, distill: str = SHORT, *, random: bool = False) -> Row:
+    return Row(attach, distill, finetune=None, random=random, documents=60)
+
+
+ROWS = {
+    "hybrid": Row("--num-splats 64 --window 64"),
+    "hard": Row(HARD),
+    "pure": Row(
+        "--num-splats 128 --window 0",
+        "--steps 800 --batch-size 4 --optimizer.warmup-steps 40 --optimizer.splat-learning-rate 0.02",
+    ),
+    "two-16": Row("--num-splats 2 --window 16"),
+    "two-0": Row("--num-splats 2 --window 0"),
+    # What matters, on the hard row: fewer steps, distilled only.
+    "short": _ablation(),
+    "random-centres": _ablation(HARD + " --terms norm_gain far_gain", random=True),
+    "no-norm-gain": _ablation(f"{NO_TERMS} {HARD} --terms far_gain"),
+    "no-far-gain": _ablation(f"{NO_TERMS} {HARD} --terms norm_gain"),
+    "no-terms": _ablation(f"{NO_TERMS} {HARD}"),
+    "amplitudes": _ablation(HARD + " --terms log_amplitudes"),
+    "by-output": _ablation(distill=SHORT + " --objective output"),
+    "by-attention": _ablation(distill=SHORT + " --objective attention"),
+    "splats-first": _ablation(distill=SHORT + " --splats-only-steps 50"),
+}
+
+
+def main() -> None:
+    """Runs one row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("row", choices=ROWS)
+    parser.add_argument("--text", type=Path, required=True, help="training text")
+    parser.add_argument("--eval-text", type=Path, required=True, help="held-out text")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and runs")
+    given = parser.parse_args()
+    row, folder = ROWS[given.row], given.out / given.row
+    text, held_out = f"--text {given.text}", f"--text {given.eval_text}"
+
+    plain, fitted = given.out / "plain", folder / "fitted"
+    _make(plain, f"convert {MODEL} {plain}")
+    if row.documents is not None:
+        held_out += f" --max-documents {row.documents}"
+    attach = f"convert {MODEL} {fitted}" if row.random else f"fit-init {plain} {fitted} {text}"
+    _make(fitted, f"{attach} {row.attach}")
+    found = {"fitted": _scores(fitted, folder / "fitted.json", held_out)}
+    distilled = _train(folder / "distilled", f"distill {fitted}", f"{text} {row.distill}")
+    found["distilled"] = _scores(distilled, folder / "distilled.json", held_out)
+    if row.finetune is not None:
+        exact = _train(given.out / "exact", f"finetune {plain}", f"{text} {FINETUNE}")
+        tuned = _train(folder / "finetuned", f"finetune {distilled}", f"{text} {row.finetune}")
+        found["finetuned"] = _scores(tuned, folder / "finetuned.json", f"{held_out} --reference {exact}")
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    results[given.row] = {"options": dataclasses.asdict(row), **found}
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    for stage, scores in found.items():
+        print(stage, json.dumps(scores))
+
+
+def _train(run: Path, what: str, options: str) -> Path:
+    _make(run / "model", f"train {what} {run} {options}")
+    return run / "model"
+
+
+def _scores(checkpoint: Path, out: Path, options: str) -> dict[str, Any]:
+    """Perplexity ratios of the arms, with their intervals, and the share of the gap that is closed."""
+    _make(out, f"eval {checkpoint} --json {out} {options}")
+    values = json.loads(out.read_text(encoding="utf-8"))
+    return {
+        "tokens": values["tokens"],
+        "exact_perplexity": values["arms"][0]["perplexity"]["value"],
+        "ratios": {arm["name"]: arm["perplexity_ratio"] for arm in values["arms"][1:]},
+        "gap_closed": values["gap_closed"],
+    }
+
+
+def _make(result: Path, command: str) -> None:
+    """Runs a `gsa` command unless its result is there."""
+    if result.exists():
+        return
+    result.parent.mkdir(parents=True, exist_ok=True)
+    print(f"\n$ gsa {command}", flush=True)
+    subprocess.run([sys.executable, "-m", "gsa_jax.cli", *shlex.split(command)], check=True)
+
+
+if __name__ == "__main__":
+    main()

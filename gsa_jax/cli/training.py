@@ -1,0 +1,190 @@
+"""`gsa train` and `gsa tokenize`.
+
+May be changed here: what a run shows while it goes on. Recipes, presets and their options are `gsa_jax.train.config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from gsa_jax.cli.base import Command, print_table, status
+from gsa_jax.errors import InputError, first_line
+from gsa_jax.train.config import PRESETS, TrainConfig
+
+if TYPE_CHECKING:
+    from gsa_jax.train.metrics import Record
+
+_SECONDS_BETWEEN_LINES = 10.0
+"""Where there is no terminal to show a bar."""
+
+
+def _defaults() -> dict[str, TrainConfig]:
+    """The presets, with what a user has to say left open."""
+    found = {}
+    for name, (recipe, values) in PRESETS.items():
+        required = {
+            field.name: tyro.MISSING
+            for field in dataclasses.fields(recipe)
+            if field.default is field.default_factory is dataclasses.MISSING and field.name not in values
+        }
+        found[name] = recipe(**required, **values)
+    return found
+
+
+if TYPE_CHECKING:
+    _Preset = TrainConfig
+else:
+    _Preset = Annotated[tyro.extras.subcommand_type_from_defaults(_defaults()), tyro.conf.arg(name="")]
+
+
+def check_preset(arguments: list[str]) -> None:
+    """Raises `InputError` if the arguments of `gsa train` begin with the name of a preset that there is not."""
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in PRESETS:
+        raise InputError(f"train {arguments[0]}: unknown preset; known: {', '.join(PRESETS)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenize(Command):
+    """Make a file of token ids once, so that trainings need not tokenise again."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Folder with the configuration and the tokenizer of a model."""
+    text: tyro.conf.Positional[Path]
+    """UTF-8 file of documents."""
+    out: tyro.conf.Positional[Path]
+    """File to make; its name ends in .bin."""
+
+    def run(self) -> int:
+        from gsa_jax.checkpoint import CONFIG_FILE, load_tokenizer
+        from gsa_jax.config import read_config
+        from gsa_jax.train.data import write_tokens
+
+        config = read_config(self.checkpoint / CONFIG_FILE)
+        print(f"{write_tokens(self.text, self.out, load_tokenizer(self.checkpoint), config):,} tokens")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(Command):
+    """Train from scratch, distil splats, or fine-tune; on one device or many, and on after an interruption."""
+
+    config: tyro.conf.OmitSubcommandPrefixes[_Preset]
+    dry_run: bool = False
+    """Only show how much memory each device would need, for this mesh and others."""
+    plot: bool = False
+    """Draw the loss and the arms into RUN/metrics.svg at the end."""
+    distributed: bool = False
+    """Be one of several processes, which find one another through Slurm, Kubernetes, Open MPI or the TPU's metadata."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where nothing else tells it; goes with --num-processes and --process-id."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+
+    def run(self) -> int:
+        if self.dry_run:
+            return _show_memory(self.config)
+        if self.plot:
+            from gsa_jax.train.plot import require_matplotlib
+
+            require_matplotlib()
+        self._join()
+        from gsa_jax.train.loop import train
+
+        with _display(self.config.steps) as report:
+            outcome = train(self.config, report=report)
+        if self.plot:
+            from gsa_jax.train.plot import plot_run
+
+            print(f"drawn: {plot_run(self.config.out)}")
+        if outcome.status == "stopped":
+            print(f"told to stop, and saved after step {outcome.step}; the same command goes on from there")
+        else:
+            print(f"{outcome.step:,} steps done; the model is {outcome.model}")
+        return 0
+
+    def _join(self) -> None:
+        import jax
+
+        given = (self.coordinator, self.num_processes, self.process_id)
+        if any(value is not None for value in given) and None in given:
+            raise InputError("--coordinator, --num-processes and --process-id go together; give all three or none")
+        if self.coordinator is None and not self.distributed:
+            return
+        try:
+            jax.distributed.initialize(*given)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"the processes did not find one another ({first_line(error)}); "
+                "give --coordinator, --num-processes and --process-id"
+            ) from error
+
+
+@contextmanager
+def _display(steps: int) -> Iterator[Callable[[Record], None]]:
+    """Shows records as they come: a bar with loss, speed and time left on a terminal, else a line now and then."""
+    import jax
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    shown_at = 0.0
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("training", total=steps, told="")
+
+        def report(record: Record) -> None:
+            nonlocal shown_at
+            if jax.process_index():
+                return
+            if record["kind"] != "train":
+                bar.print(_told(record), highlight=False) if console.is_terminal else print(_told(record), flush=True)
+                return
+            told = f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s"
+            bar.update(task, completed=record["step"], told=told)
+            if not console.is_terminal and time.monotonic() - shown_at > _SECONDS_BETWEEN_LINES:
+                shown_at = time.monotonic()
+                left = datetime.timedelta(seconds=round((steps - record["step"]) * record["seconds_per_step"]))
+                print(f"step {record['step']:,} of {steps:,}: {told}, {left} left", flush=True)
+
+        yield report
+
+
+def _told(record: Record) -> str:
+    if record["kind"] == "note":
+        return record["text"]
+    arms = [name.removeprefix("cross_entropy/") for name in record if name.startswith("cross_entropy/")]
+    exact = math.exp(record["cross_entropy/exact"])
+    ratios = [f"{arm} {record[f'perplexity_ratio/{arm}']:.4f}" for arm in arms if arm != "exact"]
+    gap = [f"gap closed {record['gap_closed']:.1%}"] if "gap_closed" in record else []
+    return f"step {record['step']:,}: " + ", ".join([f"exact perplexity {exact:.3f}", *ratios, *gap])
+
+
+def _show_memory(config: TrainConfig) -> int:
+    from gsa_jax.train.memory import meshes_like
+    from gsa_jax.train.recipes import memory_of_step
+
+    config.check()
+    with status("counting"):
+        reports = memory_of_step(config, meshes_like(config.mesh))
+    columns = ("parameters", "gradients", "optimizer", "ema", "weights", "activations", "working", "total")
+    print_table(
+        f"GiB on each device; {config.batch_size} rows in {config.optimizer.accumulate} parts, {config.dtype}",
+        ["data x fsdp x tensor", "rows", *columns],
+        [
+            [" x ".join(map(str, report.mesh.values())), str(report.rows)]
+            + [f"{getattr(report, column) / 2**30:.2f}" for column in columns]
+            for report in reports
+        ],
+    )
+    return 0

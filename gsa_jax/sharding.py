@@ -1,0 +1,164 @@
+"""How a model is spread over devices: the mesh, and which axis of it each array is cut along.
+
+May be changed here: the axes of the mesh and what is laid along them. Three axes:
+
+    data     rows of the batch
+    fsdp     rows of the batch, and one side of each matrix, which is gathered where it is used
+    tensor   heads with their splats, and the width of the MLP
+
+Everything works without a mesh: then arrays are plain arrays, and the functions that model and op call do nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from gsa_jax.config import MESH_AXES, GPTNeoConfig, MeshConfig
+from gsa_jax.errors import InputError
+
+R = TypeVar("R")
+
+BATCH = P(("data", "fsdp"))
+"""Of an array whose first axis is the rows of a batch."""
+
+ROWS_AND_HEADS = P(("data", "fsdp"), "tensor")
+TOKENS_AND_HEADS = P(("data", "fsdp"), None, "tensor")
+HEADS = P("tensor")
+"""Of arrays `[B, H, ...]`, `[B, T, H, ...]` and `[H, ...]`."""
+
+_SPECS = {
+    r"\.(q_proj|k_proj|v_proj|c_fc)\.weight": P("tensor", "fsdp"),
+    r"\.(out_proj|c_proj)\.weight": P("fsdp", "tensor"),
+    r"\.c_fc\.bias": P("tensor"),
+    # Vocabularies rarely divide (50257 = 29 x 1733), so embeddings are cut along the hidden size.
+    r"\.(wte|wpe)\.weight": P(None, "fsdp"),
+    r"\.splat_\w+": P("tensor"),
+}
+"""Ends of Hugging Face's tensor names, with weights `[out, in]`; everything else is on every device."""
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh of all devices of all processes. Raises `InputError` if it does not fit them."""
+    sizes = config.sizes(jax.device_count())
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def check_mesh(sizes: Mapping[str, int], config: GPTNeoConfig, rows: int) -> None:
+    """Raises `InputError` if a mesh does not divide the model, or the rows that are computed at a time.
+
+    Args:
+        sizes: of the axes; `mesh.shape`.
+        rows: of the batch, over all devices; of each part of it, where gradients are accumulated.
+    """
+    split = sizes["data"] * sizes["fsdp"]
+    if rows % split:
+        raise InputError(
+            f"mesh data x fsdp = {split} does not divide the {rows} rows of a batch; take a multiple of {split}"
+        )
+    for axis, what, number in (
+        ("tensor", "num_heads", config.num_heads),
+        ("tensor", "the MLP's width", config.mlp_dim),
+        ("fsdp", "hidden_size", config.hidden_size),
+    ):
+        if number % sizes[axis]:
+            fitting = max(size for size in range(1, sizes[axis]) if number % size == 0)
+            raise InputError(f"mesh {axis} = {sizes[axis]} does not divide {what} = {number}; {axis} = {fitting} would")
+
+
+def partition_spec(name: str, shape: tuple[int, ...]) -> P:
+    """How the parameter of this Hugging Face name is cut; `P()` for arrays that a parameter's name does not fit."""
+    for end, spec in _SPECS.items():
+        if re.search(end + "$", name) and len(spec) <= len(shape):
+            return spec
+    return P()
+
+
+def shardings(mesh: Mesh | jax.sharding.AbstractMesh, tree: Any) -> Any:
+    """A `NamedSharding` for each array of a pytree of arrays or their shapes.
+
+    An array is cut as the parameter whose name is the innermost dict key on its path, so moments and averages of
+    parameters are cut as the parameters are; counters are on every device.
+    """
+
+    def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return NamedSharding(mesh, partition_spec(names[-1] if names else "", tuple(leaf.shape)))
+
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def shard_tensors(mesh: Mesh, tensors: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Parameters from arrays on the host, which every process has; each device gets its own part and no more."""
+    where = shardings(mesh, dict(tensors))
+    return {
+        name: jax.make_array_from_callback(tensor.shape, where[name], tensor.__getitem__)
+        for name, tensor in tensors.items()
+    }
+
+
+def batch_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """`(index, count)`: a process reads part `index` of `count` equal parts of each batch's rows.
+
+    Processes that hold different heads of the same rows (`tensor` reaches across them) read the same part.
+
+    Args:
+        process: its number; that of this process if None.
+
+    Raises:
+        InputError: rows would be spread so that processes share some of them and not others.
+    """
+    process = jax.process_index() if process is None else process
+    rows: dict[int, set[int]] = {}
+    for (data, fsdp, _), device in np.ndenumerate(mesh.devices):
+        rows.setdefault(device.process_index, set()).add(data * mesh.shape["fsdp"] + fsdp)
+    parts = sorted({tuple(sorted(of_process)) for of_process in rows.values()})
+    if len(set().union(*parts)) < sum(map(len, parts)) or len(set(map(len, parts))) > 1:
+        raise InputError(
+            f"mesh {dict(mesh.shape)} gives two processes some common rows and some of their own; "
+            "let tensor divide the devices of a process, or the other way round"
+        )
+    return parts.index(tuple(sorted(rows[process]))), len(parts)
+
+
+def shard_batch(mesh: Mesh, local_batch: Any) -> Any:
+    """Arrays of all processes' rows, from those of this process (see `batch_share`)."""
+    where = NamedSharding(mesh, BATCH)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, np.asarray(x)), local_batch)
+
+
+def keep_rows_apart(x: Array) -> Array:
+    """Inside of `jit` under `jax.set_mesh`: says that this array `[B, ...]` is cut along its rows and nowhere else.
+
+    Said of the hidden states between blocks, it makes the compiler gather a block's weights to where the rows are.
+    Left to itself, it gathers the rows to where the weights are, and adds up partial logits of the whole batch.
+    """
+    return jax.lax.with_sharding_constraint(x, BATCH) if _on_mesh() else x
+
+
+def keep_whole(x: Array) -> Array:
+    """Inside of `jit` under `jax.set_mesh`: says that every device has all of this array."""
+    return jax.lax.with_sharding_constraint(x, P()) if _on_mesh() else x
+
+
+def per_rows_and_heads(function: Callable[..., R], in_specs: Any, out_specs: Any) -> Callable[..., R]:
+    """Inside of `jit` under `jax.set_mesh`: runs a function on each device's own rows and heads.
+
+    Devices exchange nothing meanwhile. Left to itself, the compiler makes them agree on a branch, and adds up
+    gradients of what they share, at every step of a loop.
+    """
+    if not _on_mesh():
+        return function
+    # With `check_vma`, gradients of what is shared would be added up at each use of it, inside of loops.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _on_mesh() -> bool:
+    return set(MESH_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)

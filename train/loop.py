@@ -1,0 +1,297 @@
+"""The training loop that all recipes share: batches, steps, checkpoints, evaluation, and how a run ends.
+
+May be changed here: the order of these. A run is a folder:
+
+    RUN/
+      run.json        the resolved configuration
+      metrics.jsonl   a line for each step and each evaluation
+      steps/          checkpoints of the run, each with the configuration
+      model/          the result, an ordinary checkpoint folder
+
+The same command on an existing run goes on from its newest checkpoint, and what it computes from there is bit for bit
+what it would have computed without the interruption.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gsa_jax.checkpoint import load_tokenizer
+from gsa_jax.errors import InputError
+from gsa_jax.sharding import batch_share, check_mesh, make_mesh, shard_batch, shard_tensors, shardings
+from gsa_jax.train.checkpoints import RunCheckpoints
+from gsa_jax.train.config import TrainConfig
+from gsa_jax.train.data import row_batches
+from gsa_jax.train.evaluator import Evaluator
+from gsa_jax.train.metrics import MetricsLog, Record
+from gsa_jax.train.optimizer import make_optimizer
+from gsa_jax.train.recipes import Start, prepare, random_tensors
+from gsa_jax.train.run_folder import MODEL_FOLDER, STEPS_FOLDER, open_run, write_model
+from gsa_jax.train.step import State, init_state, make_step
+
+_TIMED_STEPS = 20
+"""Over which a speed is averaged."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        step: optimiser steps made, those before a restart included.
+        status: whether the result is written, or the run was told to stop and saved.
+        model: folder of the result.
+    """
+
+    step: int
+    status: Literal["finished", "stopped"]
+    model: Path
+
+
+def train(config: TrainConfig, *, report: Callable[[Record], None] = lambda record: None) -> Outcome:
+    """Trains, from the start or from the newest checkpoint of the run, on all devices of all processes.
+
+    On SIGTERM the run saves and returns. With several processes, all of them call this, after
+    `jax.distributed.initialize`.
+
+    Args:
+        report: is given each record of `metrics.jsonl`, and `{"kind": "note", "text": ...}` for what a user should
+            know.
+
+    Raises:
+        InputError: something that the run needs cannot be used; the folder holds a run with another configuration; the
+            loss is not finite; or the disk is full. Checkpoints that were complete stay.
+    """
+    config.check()
+    start = prepare(config)
+    mesh = _mesh(config, start)
+    context = start.model.max_position_embeddings if config.context is None else config.context
+    process, processes = (0, 1) if mesh is None else batch_share(mesh)
+    tokenizer = load_tokenizer(start.tokenizer)
+    data = row_batches(
+        config.text,
+        tokenizer,
+        start.model,
+        context=context,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process=process,
+        processes=processes,
+    )
+    evaluator = Evaluator(config, start.model, tokenizer, context)
+    resolved = open_run(config, start.model)
+    with contextlib.ExitStack() as stack:
+        should_stop = stack.enter_context(_termination())
+        checkpoints = stack.enter_context(RunCheckpoints(config.out / STEPS_FOLDER, keep=config.keep))
+        run = _Run(config, start, mesh, data, context, checkpoints, resolved, report)
+        run.restore_or_begin()
+        log = stack.enter_context(MetricsLog(config.out, after=run.step or -1, tensorboard=config.tensorboard))
+        finished = run.advance(log, evaluator, should_stop)
+        if finished:
+            write_model(config.out / MODEL_FOLDER, start.model, start.tokenizer, run.parameters())
+    return Outcome(run.step, "finished" if finished else "stopped", config.out / MODEL_FOLDER)
+
+
+class _Run:
+    """A run between two steps."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        start: Start,
+        mesh: Mesh | None,
+        data: grain.DatasetIterator,
+        context: int,
+        checkpoints: RunCheckpoints,
+        resolved: dict[str, Any],
+        report: Callable[[Record], None],
+    ) -> None:
+        self._config = config
+        self._start = start
+        self._mesh = mesh
+        self._data = data
+        self._context = context
+        self._checkpoints = checkpoints
+        self._resolved = resolved
+        self._report = report
+        self._optimizer = make_optimizer(config.optimizer, config.steps)
+        self._compiled: dict[int, Callable[..., tuple[State, dict[str, jax.Array]]]] = {}
+        self.step = 0
+
+    def restore_or_begin(self) -> None:
+        """Parameters and optimiser, from the newest checkpoint or the start."""
+        tensors = _tensors(self._config, self._start, self._mesh)
+        begin = functools.partial(init_state, optimizer=self._optimizer, ema_decay=self._config.optimizer.ema_decay)
+        trained = {name: tensor for name, tensor in tensors.items() if self._start.is_trained(name)}
+        self._frozen = {name: tensor for name, tensor in tensors.items() if name not in trained}
+        self._teacher = self._frozen
+        if self._start.has_teacher:
+            # The trained ones are donated to the first step.
+            self._teacher = {**self._frozen, **jax.tree.map(jnp.copy, trained)}
+        abstract = jax.eval_shape(begin, trained)
+        where = None
+        if self._mesh is not None:
+            where = shardings(self._mesh, abstract)
+            abstract = jax.tree.map(
+                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, where
+            )
+        restored = self._checkpoints.restore(abstract)
+        if restored is None:
+            self.state: State = jax.jit(begin, out_shardings=where, donate_argnums=0)(trained)
+            return
+        for line in restored.passed_over:
+            self._report({"kind": "note", "text": line})
+        self._report({"kind": "note", "text": f"going on from step {restored.step}"})
+        self.state, self.step = restored.state, restored.step
+        self._data.set_state(restored.data)
+
+    def advance(self, log: MetricsLog, evaluator: Evaluator, should_stop: Callable[[int], bool]) -> bool:
+        """Makes the steps that are left; False if it was told to stop before."""
+        config = self._config
+        speed = _Speed(config.batch_size * (self._context - 1))
+
+        def write(record: Record) -> None:
+            log.write(record)
+            self._report(record)
+
+        def evaluate() -> None:
+            record = evaluator.record(self.step, self.parameters())
+            if record is not None:
+                write(record)
+
+        if self.step == 0:
+            evaluate()
+        speed.start()
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        while self.step < config.steps:
+            batch = next(self._data)
+            on_mesh = contextlib.nullcontext()
+            if self._mesh is not None:
+                batch, on_mesh = shard_batch(self._mesh, batch), jax.set_mesh(self._mesh)
+            with on_mesh:
+                self.state, metrics = self._step_function()(self.state, self._frozen, self._teacher, batch)
+            self.step += 1
+            if pending is not None:  # one step late, so that the devices always have work
+                write(self._train_record(*pending, speed))
+            pending = self.step, metrics
+            last = self.step == config.steps
+            stopping = should_stop(self.step) and not last
+            evaluates = last or self.step % config.eval_every == 0
+            if last or stopping or evaluates or self.step % config.save_every == 0:
+                # Nothing is saved or scored before it is known to be finite.
+                write(self._train_record(*pending, speed))
+                pending = None
+                if evaluates and not stopping:
+                    evaluate()
+                if last or stopping or self.step % config.save_every == 0:
+                    self._save(wait=last or stopping)
+                speed.start()
+            if stopping:
+                return False
+        return True
+
+    def parameters(self) -> dict[str, jax.Array]:
+        """All parameters as they would be used: the moving average, where one is kept."""
+        return {**self._frozen, **self.state.get("ema", self.state["params"])}
+
+    def _step_function(self) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+        phase = next(number for number, phase in enumerate(self._start.phases) if self.step < phase.until)
+        if phase not in self._compiled:
+            optimizer = self._config.optimizer
+            step = make_step(
+                self._start.phases[phase].objective,
+                self._optimizer,
+                accumulate=optimizer.accumulate,
+                ema_decay=optimizer.ema_decay,
+            )
+            where = None if self._mesh is None else (shardings(self._mesh, self.state), NamedSharding(self._mesh, P()))
+            self._compiled[phase] = jax.jit(step, donate_argnums=0, out_shardings=where)
+        return self._compiled[phase]
+
+    def _train_record(self, step: int, metrics: dict[str, jax.Array], speed: _Speed) -> Record:
+        values = {name: float(value) for name, value in metrics.items()}
+        if not all(map(math.isfinite, values.values())):
+            newest = self._checkpoints.latest
+            saved = "none was saved" if newest is None else f"{self._config.out / STEPS_FOLDER / str(newest)}"
+            raise InputError(
+                f"step {step}: the loss is {values['loss']}, the norm of its gradient {values['gradient_norm']}; "
+                f"last good checkpoint: {saved}; go on with a lower learning rate"
+            )
+        return {"kind": "train", "step": step, **values, **speed.after(step)}
+
+    def _save(self, *, wait: bool) -> None:
+        self._checkpoints.save(self.step, self.state, self._data.get_state(), self._resolved, wait=wait)
+
+
+class _Speed:
+    """Tokens per second over the last steps; compilation, evaluations and saves left out."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self._times: collections.deque[float] = collections.deque(maxlen=_TIMED_STEPS)
+        self._compiled = False
+
+    def start(self) -> None:
+        """The next step begins now, after something else."""
+        self._last = time.perf_counter()
+
+    def after(self, step: int) -> Record:
+        """What a record says about a step that has just ended."""
+        now = time.perf_counter()
+        times = [*self._times, now - self._last]
+        self._last = now
+        if self._compiled:
+            self._times.append(times[-1])
+        self._compiled = True
+        seconds = sum(times) / len(times)
+        return {"tokens": step * self._tokens, "tokens_per_s": self._tokens / seconds, "seconds_per_step": seconds}
+
+
+def _mesh(config: TrainConfig, start: Start) -> Mesh | None:
+    """The mesh of all devices; None on one device, where plain arrays do."""
+    sizes = config.mesh.sizes(jax.device_count())
+    check_mesh(sizes, start.model, config.batch_size // config.optimizer.accumulate)
+    return None if jax.device_count() == 1 else make_mesh(config.mesh)
+
+
+def _tensors(config: TrainConfig, start: Start, mesh: Mesh | None) -> dict[str, jax.Array]:
+    """The parameters at the start, float32, each device holding its own part and no more."""
+    if start.tensors is not None:
+        tensors = {name: np.asarray(tensor, np.float32) for name, tensor in start.tensors.items()}
+        return jax.tree.map(jnp.asarray, tensors) if mesh is None else shard_tensors(mesh, tensors)
+    draw = functools.partial(random_tensors, start.model)
+    key = jax.random.key(config.seed)
+    where = None if mesh is None else shardings(mesh, jax.eval_shape(draw, key))
+    return jax.jit(draw, out_shardings=where)(key)
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[Callable[[int], bool]]:
+    """Tells after each step whether the run was asked to stop; all processes hear of it after the same step."""
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield lambda step: asked.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,98 @@
+"""What a run reports: `metrics.jsonl`, one JSON object per line, and TensorBoard events if asked for.
+
+May be changed here: how records are written. A record is `{"step": n, "kind": "train" | "eval", ...}`; what is in it is
+decided by `gsa_jax.train.loop`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gsa_jax.errors import InputError
+
+METRICS_FILE = "metrics.jsonl"
+
+Record = dict[str, Any]
+
+
+class MetricsLog:
+    """Appends records to a run's files; a context manager.
+
+    Args:
+        folder: of the run.
+        after: a run that goes on from this step drops the records of later ones, which it will write again.
+        tensorboard: also write event files, with tensorboardX.
+
+    Raises:
+        InputError: the file cannot be written, or TensorBoard is asked for and tensorboardX is not installed.
+    """
+
+    def __init__(self, folder: Path, *, after: int, tensorboard: bool) -> None:
+        path = folder / METRICS_FILE
+        kept = [record for record in read_metrics(folder) if record["step"] <= after] if path.exists() else []
+        self._path = path
+        self._events = _event_writer(folder, after) if tensorboard else None
+        staged = path.with_name(f".{METRICS_FILE}.partial")
+        try:
+            # A kill must not find the file half written.
+            staged.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            staged.replace(path)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+
+    def write(self, record: Record) -> None:
+        """Appends a record, and flushes it, so that a killed run loses none.
+
+        Raises:
+            InputError: the file cannot be written, e.g. because the disk is full.
+        """
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(f"{self._path}: cannot be written ({error.strerror})") from None
+        if self._events is not None:
+            for name, value in record.items():
+                if name not in ("step", "kind") and isinstance(value, int | float):
+                    self._events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):  # it tries once more to write what could not be written
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read_metrics(folder: Path) -> list[Record]:
+    """The records of a run; a last line that was cut off by a kill is left out.
+
+    Raises:
+        InputError: the folder has none, or they cannot be read.
+    """
+    path = folder / METRICS_FILE
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give the folder of a run") from None
+    try:
+        return [json.loads(line) for line in lines[:-1]]
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not JSON lines ({error}); remove the broken line") from None
+
+
+def _event_writer(folder: Path, after: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ModuleNotFoundError:
+        raise InputError("TensorBoard events need tensorboardX; pip install 'gsa-jax[tensorboard]'") from None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
