@@ -183,7 +183,7 @@ def train(
     return {**frozen, **state["params"]}
 
 
-def token_losses(build: Build, params: Tensors, windows: Windows, rows_at_once: int = 8) -> np.ndarray:
+def token_losses(build: Build, params: Mapping[str, Any], windows: Windows, rows_at_once: int = 8) -> np.ndarray:
     """Nats of each token but the first of its window, `[N, L - 1]`."""
 
     @jax.jit
@@ -262,8 +262,9 @@ def main() -> None:
         reference, tensors = load_tensors(given.reference)
         exact_losses = token_losses(exact_model(reference), tensors, windows)
     report("finetuned", tuned, exact_losses)
-    found["options"] = {"distill": row.distill, "finetune": row.finetune, "learning_rate": LEARNING_RATE}
-    RESULTS.write_text(json.dumps({"environment": side_by_side.environment(), **found}, indent=2) + "\n")
+    used = {"learning_rate": LEARNING_RATE, "normalised": NORMALISED, "spread": SPREAD}
+    written = {"environment": side_by_side.environment(), "options": {**dataclasses.asdict(row), **used}, **found}
+    RESULTS.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

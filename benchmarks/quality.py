@@ -21,9 +21,8 @@ RESULTS = Path(__file__).parent / "results" / "quality.json"
 MODEL = Path(__file__).parents[1] / "gsa_jax" / "assets" / "story-neo"
 
 DISTILL = "--steps 400 --batch-size 4 --optimizer.warmup-steps 20"
-FINETUNE = "--steps 400 --batch-size 4 --optimizer.warmup-steps 20 --optimizer.learning-rate 5e-4"
 SHORT = "--steps 150 --batch-size 4 --optimizer.warmup-steps 20"
-WITH_TEACHER = FINETUNE + " --teacher-weight 0.5"
+FINETUNE = "--steps 400 --batch-size 4 --optimizer.warmup-steps 20 --optimizer.learning-rate 5e-4 --teacher-weight 0.5"
 NO_TERMS = "--preset seed-phase1 --layers global"
 HARD = "--num-splats 64 --window 16"
 
@@ -39,7 +38,7 @@ class Row:
 
     attach: str
     distill: str = DISTILL
-    finetune: str | None = WITH_TEACHER
+    finetune: str | None = FINETUNE
     random: bool = False
     documents: int | None = None
 
@@ -91,6 +90,7 @@ def main() -> None:
     distilled = _train(folder / "distilled", f"distill {fitted}", f"{text} {row.distill}")
     found["distilled"] = _scores(distilled, folder / "distilled.json", held_out)
     if row.finetune is not None:
+        # The control has the same tokens, the same objective and the same teacher.
         exact = _train(given.out / "exact", f"finetune {plain}", f"{text} {FINETUNE}")
         tuned = _train(folder / "finetuned", f"finetune {distilled}", f"{text} {row.finetune}")
         found["finetuned"] = _scores(tuned, folder / "finetuned.json", f"{held_out} --reference {exact}")

@@ -105,21 +105,22 @@ class GPTNeoBlock(nnx.Module):
     def __call__(
         self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"] | Int[Array, "B T"]
     ) -> Float[Array, "B T E"]:
-        return self._finish(hidden_states, self.attn.attention(self.ln_1(hidden_states), attention_mask))
+        return self.finish(hidden_states, self.attn.attention(self.ln_1(hidden_states), attention_mask))
 
     def prefill(
         self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"], capacity: int
     ) -> tuple[Float[Array, "B T E"], SplatState]:
         context, state = self.attn.attention.prefill(self.ln_1(hidden_states), attention_mask, capacity)
-        return self._finish(hidden_states, context), state
+        return self.finish(hidden_states, context), state
 
     def extend(
         self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"], state: SplatState
     ) -> tuple[Float[Array, "B T E"], SplatState]:
         context, state = self.attn.attention.extend(self.ln_1(hidden_states), attention_mask, state)
-        return self._finish(hidden_states, context), state
+        return self.finish(hidden_states, context), state
 
-    def _finish(self, residual: jax.Array, context: jax.Array) -> jax.Array:
+    def finish(self, residual: Float[Array, "B T E"], context: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """What follows attention: its output is added, then the MLP's."""
         hidden_states = residual + context
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 

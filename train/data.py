@@ -35,9 +35,9 @@ class TokenRows:
     def __len__(self) -> int:
         return (len(self._tokens) - 1) // (self._context - 1)
 
-    def __getitem__(self, row: int) -> dict[str, Int[np.ndarray, "L"]]:
+    def __getitem__(self, index: int) -> dict[str, Int[np.ndarray, "L"]]:
         """`input_ids` and `segment_ids`, which number the documents of the row from 1."""
-        begin = int(row) * (self._context - 1)
+        begin = int(index) * (self._context - 1)
         ids = np.asarray(self._tokens[begin : begin + self._context], np.int32)
         starts = ids == self._start
         starts[0] = True

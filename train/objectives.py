@@ -6,12 +6,13 @@ differentiated by, and how they move, is `gsa_jax.train.step`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gsa_jax.attention import GPTNeoSelfAttention, GSASelfAttention
 from gsa_jax.model import GPTNeoForCausalLM, positions_from_mask
 from gsa_jax.ops.splat_state import key_features, query_features
 from gsa_jax.train.loss import mean_next_token_loss, mean_predicted
@@ -83,6 +84,7 @@ def attention_divergence(student: Build, teacher: Build) -> Objective:
         divergences = {}
         exact_model = teacher(teacher_params)
         for layer, _, student_attention, hidden_states, mask in _layers(student(params), exact_model, batch):
+            assert isinstance(student_attention, GSASelfAttention) and student_attention.window is not None
             query, key, _ = (x.swapaxes(1, 2).astype(jnp.float32) for x in student_attention.project(hidden_states))
             splats, window = student_attention.splats, student_attention.window
             distance = jnp.arange(mask.shape[1])[:, None] - jnp.arange(mask.shape[1])
@@ -111,7 +113,9 @@ def attention_divergence(student: Build, teacher: Build) -> Objective:
     return objective
 
 
-def _layers(student: GPTNeoForCausalLM, teacher: GPTNeoForCausalLM, batch: Batch):
+def _layers(
+    student: GPTNeoForCausalLM, teacher: GPTNeoForCausalLM, batch: Batch
+) -> Iterator[tuple[int, jax.Array, GPTNeoSelfAttention, jax.Array, jax.Array]]:
     """Layers that have splats: number, exact output, the student's attention, and both's input and mask."""
     mask = batch["segment_ids"]
     positions = positions_from_mask(mask)
@@ -122,4 +126,4 @@ def _layers(student: GPTNeoForCausalLM, teacher: GPTNeoForCausalLM, batch: Batch
         exact = block.attn.attention(normed, mask)
         if layer in student.config.splat_layers:
             yield layer, exact, student.transformer.h[layer].attn.attention, normed, mask
-        hidden_states = block._finish(hidden_states, exact)
+        hidden_states = block.finish(hidden_states, exact)

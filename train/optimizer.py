@@ -5,7 +5,7 @@ May be changed here: groups of parameters and schedules. All arithmetic is optax
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import jax
 import optax
@@ -32,7 +32,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     def adamw(highest: float, weight_decay: float) -> optax.GradientTransformation:
         return optax.adamw(learning_rate(config, steps, highest), b1=config.b1, b2=config.b2, weight_decay=weight_decay)
 
-    groups = {
+    groups: dict[Hashable, optax.GradientTransformation] = {
         "splats": adamw(config.splat_learning_rate, 0.0),
         "matrices": adamw(config.learning_rate, config.weight_decay),
         "vectors": adamw(config.learning_rate, 0.0),

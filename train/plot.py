@@ -64,11 +64,13 @@ def _draw_arms(axes: Any, scored: list[Record]) -> None:
     arms = [name.removeprefix(prefix) for name in scored[0] if name.startswith(prefix) and not name.endswith("/exact")]
     steps = [record["step"] for record in scored]
     for arm in arms:
-        axes.plot(steps, [record[prefix + arm] for record in scored], marker="o", markersize=3, label=arm)
+        axes.plot(steps, [record[prefix + arm] - 1 for record in scored], marker="o", markersize=3, label=arm)
     if arms:
-        # On a logarithmic scale of how much worse, arms of 1.002 and of 10 can be told apart.
-        axes.set(ylabel="perplexity / exact", yscale="log")
-        axes.axhline(1, color="black", linewidth=0.8, label="exact")
+        # Linear up to 1 %, then logarithmic: arms 0.2 % and 1000 % above can be told apart, and some lie below.
+        axes.set_yscale("symlog", linthresh=0.01)
+        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axes.set(ylabel="perplexity above exact")
+        axes.axhline(0, color="black", linewidth=0.8, label="exact")
         axes.legend()
     else:
         axes.plot(steps, np.exp([record["cross_entropy/exact"] for record in scored]), marker="o", color="black")

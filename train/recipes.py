@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gsa_jax.calibration import without_splats
 from gsa_jax.checkpoint import build_model, expected_shapes, load_tensors, named_parameters
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
@@ -134,7 +133,7 @@ def _pretrain(config: Pretrain) -> Start:
 def _distill(config: Distill) -> Start:
     model, tensors = load_tensors(config.checkpoint)
     _require_splats(config.checkpoint, model)
-    exact, _ = without_splats(model, tensors)
+    exact = dataclasses.replace(model, splats=None)
     make = {"output": output_error, "attention": attention_divergence, "logits": prediction_divergence}
     phases = []
     for until, window in ((config.splats_only_steps, 0), (config.steps, model.windows[model.splat_layers[0]])):
@@ -160,7 +159,7 @@ def _finetune(config: Finetune) -> Start:
         _require_splats(config.checkpoint, model)
     student = _build(config, model)
     if config.teacher_weight:
-        exact, _ = without_splats(model, tensors)
+        exact = dataclasses.replace(model, splats=None)
         objective = prediction_divergence(student, _build(config, exact), config.teacher_weight)
     else:
         objective = cross_entropy(student)
