@@ -179,7 +179,7 @@ def test_a_picture_names_the_arms_and_the_tokens_they_were_scored_on(tmp_path):
     path = plot_run(tmp_path)
     assert path.parent == tmp_path
     found = texts(path)
-    for label in (*ARMS, "training", "loss", "step", "perplexity / exact", "held-out text, 1,234 tokens"):
+    for label in (*ARMS, "training", "loss", "step", "perplexity above exact", "held-out text, 1,234 tokens"):
         assert label in found
     first = path.read_bytes()
     assert plot_run(tmp_path) == path

@@ -103,7 +103,9 @@ def train(config: TrainConfig, *, report: Callable[[Record], None] = lambda reco
         checkpoints = stack.enter_context(RunCheckpoints(config.out / STEPS_FOLDER, keep=config.keep))
         run = _Run(config, start, mesh, data, context, checkpoints, resolved, report)
         run.restore_or_begin()
-        log = stack.enter_context(MetricsLog(config.out, after=run.step or -1, tensorboard=config.tensorboard))
+        log = None
+        if jax.process_index() == 0:
+            log = stack.enter_context(MetricsLog(config.out, after=run.step or -1, tensorboard=config.tensorboard))
         finished = run.advance(log, evaluator, should_stop)
         if finished:
             write_model(config.out / MODEL_FOLDER, start.model, start.tokenizer, run.parameters())
@@ -163,13 +165,14 @@ class _Run:
         self.state, self.step = restored.state, restored.step
         self._data.set_state(restored.data)
 
-    def advance(self, log: MetricsLog, evaluator: Evaluator, should_stop: Callable[[int], bool]) -> bool:
+    def advance(self, log: MetricsLog | None, evaluator: Evaluator, should_stop: Callable[[int], bool]) -> bool:
         """Makes the steps that are left; False if it was told to stop before."""
         config = self._config
         speed = _Speed(config.batch_size * (self._context - 1))
 
         def write(record: Record) -> None:
-            log.write(record)
+            if log is not None:
+                log.write(record)
             self._report(record)
 
         def evaluate() -> None:

@@ -101,7 +101,7 @@ def memory_reports(
         meshes: sizes of their axes (`MeshConfig.sizes`).
         rows: of text per step, over all devices.
         trained: whether the parameter of this name is.
-        teacher: the teacher's parameters.
+        teacher: the teacher's parameters; those that are not trained if None, as in the loop.
 
     Raises:
         InputError: a mesh does not divide the rows or the model.
@@ -116,7 +116,7 @@ def memory_reports(
     ids = jax.ShapeDtypeStruct((1, context), jnp.int32)
 
     def of_batch(moved: Any, frozen: Any, teacher: Any, batch: Any) -> Any:
-        return jax.vjp(lambda moved: objective({**frozen, **moved}, teacher, batch)[0], moved)[1]
+        return jax.vjp(lambda moved: objective({**frozen, **moved}, teacher or frozen, batch)[0], moved)[1]
 
     kept = _residuals(of_batch, moved, frozen, teacher, {"input_ids": ids, "segment_ids": ids})
     in_block = _block_residuals(config, context, dtype) if remat else []

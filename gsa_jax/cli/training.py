@@ -99,10 +99,14 @@ class Train(Command):
 
             require_matplotlib()
         self._join()
+        import jax
+
         from gsa_jax.train.loop import train
 
         with _display(self.config.steps) as report:
             outcome = train(self.config, report=report)
+        if jax.process_index():
+            return 0
         if self.plot:
             from gsa_jax.train.plot import plot_run
 
