@@ -116,7 +116,7 @@ def shape_problems(
 
 
 def save_tensors(folder: Path, config: GPTNeoConfig, tensors: Mapping[str, np.ndarray | jax.Array]) -> None:
-    """Writes weights and configuration into an existing folder, configuration last."""
+    """Writes weights and configuration into an existing folder, configuration last; all processes call this."""
     # An interrupt lands in the main thread, which waits here for the other one. Raised inside of Orbax, it would leave
     # threads that go on writing into a folder that is being removed.
     with ThreadPoolExecutor(max_workers=1) as executor:

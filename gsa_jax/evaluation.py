@@ -25,6 +25,7 @@ from gsa_jax.errors import InputError
 from gsa_jax.positions import PositionExtension, extend_positions
 from gsa_jax.progress import Progress
 from gsa_jax.scores import Estimate, bucket_firsts, estimates, sum_by_document
+from gsa_jax.sharding import whole_on_host
 from gsa_jax.text import Windows, read_documents, token_windows
 from gsa_jax.train.loss import next_token_losses
 
@@ -305,7 +306,7 @@ def make_arms(config: GPTNeoConfig, tensors: Mapping[str, Any], reference: Arm |
         arms["window-only"] = (windowed, bare)
     arms["splats-only"] = (config.with_window(0), tensors)
     values = [f"transformer.h.{layer}.attn.attention.v_proj.weight" for layer in config.splat_layers]
-    arms["none"] = (exact, {**tensors, **{name: np.zeros_like(tensors[name]) for name in values}})
+    arms["none"] = (exact, {**tensors, **{name: jnp.zeros_like(tensors[name]) for name in values}})
     return arms
 
 
@@ -342,7 +343,7 @@ def _losses(
     # Accelerators would round the factors of a product.
     with jax.default_matmul_precision("highest"):
         for _, (arm, rows, found) in zip(progress(names), results(), strict=True):
-            losses[arm][rows, : found.shape[1]] = np.asarray(found)[: len(rows)]
+            losses[arm][rows, : found.shape[1]] = whole_on_host(found)[: len(rows)]
     for arm, of_arm in losses.items():
         if not np.isfinite(of_arm[windows.attention_mask[:, 1:]]).all():
             raise InputError(f"the {arm} model's losses are not finite; train, fit or convert it again")

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -162,3 +163,10 @@ def per_rows_and_heads(function: Callable[..., R], in_specs: Any, out_specs: Any
 
 def _on_mesh() -> bool:
     return set(MESH_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)
+
+
+def whole_on_host(array: Array) -> np.ndarray:
+    """All of an array in the memory of every process; all processes call this."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -64,7 +64,7 @@ def assert_close(found, expected) -> None:
     assert found[0].keys() == expected[0].keys()
     for at, record in expected[0].items():
         for name, value in record.items():
-            if "second" not in name and "_per_s" not in name:
+            if isinstance(value, float) and name not in ("seconds_per_step", "tokens_per_s"):
                 assert found[0][at][name] == pytest.approx(value, rel=2e-4), (at, name)
     for name, tensor in expected[1].items():
         np.testing.assert_allclose(found[1][name], tensor, rtol=0, atol=2e-4, err_msg=name)

@@ -279,7 +279,8 @@ def _misfits(abstract: dict[str, jax.ShapeDtypeStruct], stored: dict[str, Any]) 
 
 
 def _checksums(named: dict[str, Any], data: Any) -> dict[str, int]:
-    sums = jax.device_get({name: _bit_sum(leaf) for name, leaf in named.items()})
+    # One program for all arrays: programs of their own, each with its exchange between devices, can block one another.
+    sums = jax.device_get(_bit_sums(named))
     data_sum = zlib.crc32(json.dumps(data, sort_keys=True).encode())
     return {**{name: int(value) for name, value in sums.items()}, "data/data.json": data_sum}
 
@@ -293,6 +294,10 @@ def _changed(saved: Any, found: dict[str, int]) -> str | None:
 
 
 @jax.jit
+def _bit_sums(named: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
+    return {name: _bit_sum(array) for name, array in named.items()}
+
+
 def _bit_sum(array: Array) -> UInt32[Array, ""]:
     """Sum of the words of an array, each times an odd number that tells its place.
 

@@ -5,6 +5,7 @@ May be changed here: the layout of the folder, and which settings a run may go o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -20,6 +21,7 @@ from gsa_jax.checkpoint import TOKENIZER_FILES, save_tensors
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.files import new_folder
+from gsa_jax.sharding import whole_on_host
 from gsa_jax.train.config import TrainConfig
 
 RUN_FILE = "run.json"
@@ -101,17 +103,25 @@ def write_model(out: Path, model: GPTNeoConfig, tokenizer: Path, tensors: Mappin
         InputError: it cannot be written.
     """
     if not out.exists():
-        # One process writes, so that a checkpoint folder appears as a whole.
-        whole = {name: np.asarray(_gathered(tensor)) for name, tensor in tensors.items()}
-        if jax.process_index() == 0:
-            with new_folder(out, needed_bytes=sum(tensor.nbytes for tensor in whole.values())) as staging:
+        whole = {name: whole_on_host(tensor) for name, tensor in tensors.items()}
+        needed = sum(tensor.nbytes for tensor in whole.values())
+        first = jax.process_index() == 0
+        with new_folder(out, needed_bytes=needed) if first else contextlib.nullcontext(out) as staging:
+            staging = _agreed(staging)
+            if first:
                 for name in TOKENIZER_FILES:
                     if (tokenizer / name).is_file():
                         shutil.copyfile(tokenizer / name, staging / name)
-                save_tensors(staging, model, whole)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("model written")
+            save_tensors(staging, model, whole)
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("model written")
 
 
-def _gathered(tensor: jax.Array) -> Any:
-    return tensor if tensor.is_fully_addressable else multihost_utils.process_allgather(tensor, tiled=True)
+def _agreed(path: Path) -> Path:
+    """Process 0's path."""
+    if jax.process_count() == 1:
+        return path
+    name = np.zeros(4096, np.uint8)
+    encoded = np.frombuffer(str(path.resolve()).encode(), np.uint8)
+    name[: len(encoded)] = encoded
+    return Path(bytes(np.asarray(multihost_utils.broadcast_one_to_all(name))).rstrip(b"\0").decode())
