@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_checkpoints import tiny_checkpoint
+from train_command import command
 
 from gsa_jax import SplatConfig
 from gsa_jax.checkpoint import load_tensors
@@ -72,17 +72,10 @@ def assert_close(found, expected) -> None:
 
 def start(config: Finetune, devices: int, *options: object) -> subprocess.Popen[str]:
     """`gsa train` with these settings on so many simulated devices."""
-    optimizer = config.optimizer
-    command = [sys.executable, "-m", "gsa_jax.cli", "train", "finetune", config.checkpoint, config.out]
-    command += ["--text", config.text, "--eval-text", config.eval_text, "--steps", config.steps]
-    command += ["--batch-size", config.batch_size, "--context", config.context, "--save-every", config.save_every]
-    command += ["--eval-every", config.eval_every, "--eval-documents", config.eval_documents]
-    command += ["--teacher-weight", config.teacher_weight, "--optimizer.learning-rate", optimizer.learning_rate]
-    command += ["--optimizer.warmup-steps", optimizer.warmup_steps, *options]
     environment = os.environ | ON_CPU | {"JAX_NUM_CPU_DEVICES": str(devices)}
     environment |= {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([str(part) for part in command], env=environment, text=True, **pipes)
+    return subprocess.Popen([*command(config), *map(str, options)], env=environment, text=True, **pipes)
 
 
 def wait_for_step(run: Path, step: int, processes: Sequence[subprocess.Popen[str]]) -> None:

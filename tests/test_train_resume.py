@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_checkpoints import tiny_checkpoint
+from train_command import command
 
 from gsa_jax import SplatConfig
 from gsa_jax.checkpoint import load_tensors
@@ -76,22 +76,6 @@ def assert_same(found, expected) -> None:
     assert found[1].keys() == expected[1].keys()
     for name, tensor in expected[1].items():
         assert found[1][name].tobytes() == tensor.tobytes(), name
-
-
-def command(config: TrainConfig) -> list[str]:
-    """`gsa train` with these settings."""
-    options = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name in ("checkpoint", "out", "mesh") or value == field.default or isinstance(value, OptimizerConfig):
-            continue
-        options += [f"--{field.name.replace('_', '-')}", str(value)]
-    for field in dataclasses.fields(config.optimizer):
-        value = getattr(config.optimizer, field.name)
-        if value != field.default:
-            options += [f"--optimizer.{field.name.replace('_', '-')}", str(value)]
-    gsa = [sys.executable, "-m", "gsa_jax.cli", "train", config.recipe]
-    return [*gsa, str(config.checkpoint), str(config.out), *options]
 
 
 def interrupt(config: TrainConfig, by: signal.Signals, when: Callable[[], bool]) -> subprocess.CompletedProcess[str]:
