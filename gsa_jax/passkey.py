@@ -162,13 +162,9 @@ def evaluate_passkey(
         InputError: what `load_arms` refuses; the model has too few positions for items of any length; the text cannot
             be used or is too short; or a model's log-probabilities are not finite.
     """
-    for name, number, least in (
-        ("max_documents", max_documents, 1),
-        ("items", items, 1),
-        ("batch_size", batch_size, 1),
-    ):
-        if number is not None and number < least:
-            raise InputError(f"{name} = {number}: must be >= {least}")
+    for name, number in (("max_documents", max_documents), ("items", items), ("batch_size", batch_size)):
+        if number is not None and number < 1:
+            raise InputError(f"{name} = {number}: must be >= 1")
     if items % CANDIDATES:
         raise InputError(f"items = {items}: must be a multiple of {CANDIDATES}, so that each number is told once")
     arms, tokenizer, stored_positions = load_arms(

@@ -43,6 +43,21 @@ def read_documents(path: str | Path) -> list[str]:
     return documents
 
 
+def context_length(config: GPTNeoConfig, context: int | None) -> int:
+    """Tokens of a row of text: `context`, or all that the model has positions for if None.
+
+    Raises:
+        InputError: it is less than 2 or more than the model has positions for.
+    """
+    context = config.max_position_embeddings if context is None else context
+    if not 2 <= context <= config.max_position_embeddings:
+        raise InputError(
+            f"context = {context}: must be >= 2 and at most {config.max_position_embeddings}, "
+            "the number of positions of the model"
+        )
+    return context
+
+
 def start_token(config: GPTNeoConfig) -> int:
     """What a document begins with: the model's `bos_token_id`, or its `eos_token_id` if it has no other.
 
@@ -107,15 +122,9 @@ def token_windows(
     """Cuts documents into windows of L = `context` tokens; all that the model has positions for by default.
 
     Raises:
-        InputError: the context is less than 2 or more than the model has positions for; or `document_tokens` finds
-            something wrong.
+        InputError: `context_length` or `document_tokens` finds something wrong.
     """
-    context = config.max_position_embeddings if context is None else context
-    if not 2 <= context <= config.max_position_embeddings:
-        raise InputError(
-            f"context = {context}: must be >= 2 and at most {config.max_position_embeddings}, "
-            "the number of positions of the model"
-        )
+    context = context_length(config, context)
     start = start_token(config)
     rows = document_tokens(documents, tokenizer, config)
     counts = np.fromiter(map(len, rows), np.int64, len(rows)) - 1

@@ -18,7 +18,7 @@ from jaxtyping import Int
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.files import new_file
-from gsa_jax.text import document_tokens, read_documents, start_token
+from gsa_jax.text import context_length, document_tokens, read_documents, start_token
 
 TOKEN_DTYPE = np.dtype("<u2")
 """Of a file of token ids: 16 bits hold GPT-Neo's vocabulary of 50,257."""
@@ -110,11 +110,7 @@ def row_batches(
     Raises:
         InputError: the context is out of range, the text is shorter than one row, or it cannot be used.
     """
-    if not 2 <= context <= config.max_position_embeddings:
-        raise InputError(
-            f"context = {context}: must be >= 2 and at most {config.max_position_embeddings}, "
-            "the number of positions of the model"
-        )
+    context = context_length(config, context)
     if batch_size % processes:
         raise InputError(f"batch_size = {batch_size}: must be a multiple of the number of processes, {processes}")
     tokens = read_tokens(path, tokenizer, config)

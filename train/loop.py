@@ -37,6 +37,7 @@ from jax.sharding import PartitionSpec as P
 from gsa_jax.checkpoint import load_tokenizer
 from gsa_jax.errors import InputError
 from gsa_jax.sharding import batch_share, check_mesh, make_mesh, shard_batch, shard_tensors, shardings
+from gsa_jax.text import context_length
 from gsa_jax.train.checkpoints import RunCheckpoints
 from gsa_jax.train.config import TrainConfig
 from gsa_jax.train.data import row_batches
@@ -83,7 +84,7 @@ def train(config: TrainConfig, *, report: Callable[[Record], None] = lambda reco
     config.check()
     start = prepare(config)
     mesh = _mesh(config, start)
-    context = start.model.max_position_embeddings if config.context is None else config.context
+    context = context_length(start.model, config.context)
     process, processes = (0, 1) if mesh is None else batch_share(mesh)
     tokenizer = load_tokenizer(start.tokenizer)
     data = row_batches(
@@ -140,15 +141,10 @@ class _Run:
 
     def restore_or_begin(self) -> None:
         """Parameters and optimiser, from the newest checkpoint or the start."""
-        tensors = _tensors(self._config, self._start, self._mesh)
+        start = self._start
         begin = functools.partial(init_state, optimizer=self._optimizer, ema_decay=self._config.optimizer.ema_decay)
-        trained = {name: tensor for name, tensor in tensors.items() if self._start.is_trained(name)}
-        self._frozen = {name: tensor for name, tensor in tensors.items() if name not in trained}
-        self._teacher = self._frozen
-        if self._start.has_teacher:
-            # The trained ones are donated to the first step.
-            self._teacher = {**self._frozen, **jax.tree.map(jnp.copy, trained)}
-        abstract = jax.eval_shape(begin, trained)
+        shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in start.shapes.items()}
+        abstract = jax.eval_shape(begin, {name: shape for name, shape in shapes.items() if start.is_trained(name)})
         where = None
         if self._mesh is not None:
             where = shardings(self._mesh, abstract)
@@ -156,6 +152,16 @@ class _Run:
                 lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, where
             )
         restored = self._checkpoints.restore(abstract)
+        needed = set(start.shapes)
+        if restored is not None and not start.has_teacher:
+            needed = {name for name in needed if not start.is_trained(name)}
+        tensors = _tensors(self._config, start, self._mesh, needed)
+        trained = {name: tensor for name, tensor in tensors.items() if start.is_trained(name)}
+        self._frozen = {name: tensor for name, tensor in tensors.items() if name not in trained}
+        self._teacher = self._frozen
+        if start.has_teacher:
+            # The trained ones are donated to the first step.
+            self._teacher = {**self._frozen, **jax.tree.map(jnp.copy, trained)}
         if restored is None:
             self.state: State = jax.jit(begin, out_shardings=where, donate_argnums=0)(trained)
             return
@@ -275,12 +281,15 @@ def _mesh(config: TrainConfig, start: Start) -> Mesh | None:
     return None if jax.device_count() == 1 else make_mesh(config.mesh)
 
 
-def _tensors(config: TrainConfig, start: Start, mesh: Mesh | None) -> dict[str, jax.Array]:
-    """The parameters at the start, float32, each device holding its own part and no more."""
+def _tensors(config: TrainConfig, start: Start, mesh: Mesh | None, names: set[str]) -> dict[str, jax.Array]:
+    """These parameters at the start, float32, each device holding its own part and no more."""
     if start.tensors is not None:
-        tensors = {name: np.asarray(tensor, np.float32) for name, tensor in start.tensors.items()}
+        tensors = {name: np.asarray(start.tensors[name], np.float32) for name in start.tensors if name in names}
         return jax.tree.map(jnp.asarray, tensors) if mesh is None else shard_tensors(mesh, tensors)
-    draw = functools.partial(random_tensors, start.model)
+
+    def draw(key: jax.Array) -> dict[str, jax.Array]:
+        return {name: tensor for name, tensor in random_tensors(start.model, key).items() if name in names}
+
     key = jax.random.key(config.seed)
     where = None if mesh is None else shardings(mesh, jax.eval_shape(draw, key))
     return jax.jit(draw, out_shardings=where)(key)

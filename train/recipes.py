@@ -22,6 +22,7 @@ from gsa_jax.errors import InputError
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.positions import extend_positions
 from gsa_jax.sharding import check_mesh
+from gsa_jax.text import context_length
 from gsa_jax.train.config import MODELS, Distill, Finetune, Pretrain, TrainConfig
 from gsa_jax.train.memory import MemoryReport, memory_reports
 from gsa_jax.train.objectives import (
@@ -102,7 +103,7 @@ def memory_of_step(config: TrainConfig, meshes: list[dict[str, int]]) -> list[Me
         make_optimizer(config.optimizer, config.steps),
         fitting,
         rows=config.batch_size,
-        context=start.model.max_position_embeddings if config.context is None else config.context,
+        context=context_length(start.model, config.context),
         dtype=config.dtype,
         remat=config.remat,
         accumulate=config.optimizer.accumulate,
