@@ -120,9 +120,6 @@ class Train(Command):
     def _join(self) -> None:
         import jax
 
-        if getattr(jax.config, "jax_num_cpu_devices", 1) > 1:
-            # Programs of simulated devices may overtake one another, and then wait for each other for ever.
-            jax.config.update("jax_cpu_enable_async_dispatch", False)
         given = (self.coordinator, self.num_processes, self.process_id)
         if any(value is not None for value in given) and None in given:
             raise InputError("--coordinator, --num-processes and --process-id go together; give all three or none")
