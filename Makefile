@@ -25,9 +25,9 @@ demo: $(VENV)/.demo
 	done
 
 test: $(VENV)/.test
-	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache $(BIN)/python -m pytest -n 2 --strict-run -m "not slow"
+	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache $(BIN)/python -m pytest -n 2 --strict-run -m "not slow" --durations=20
 
-# Runs that are killed, terminated or spread over processes.
+# Runs that are killed, terminated or spread over processes, and what else takes a minute.
 test-slow: $(VENV)/.test
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache $(BIN)/python -m pytest -n 2 -m slow
 

@@ -7,9 +7,8 @@ learned maps of each head's own (Zhang et al. 2024, "The Hedgehog & the Porcupin
 steps, objective and optimiser are those of row `pure` of benchmarks/quality.py. Prints a line for each stage, and
 writes benchmarks/results/hedgehog.json.
 
-The maps are distilled twice, by the model's predictions as that row is, and by the outputs of attention; what comes out
-better on the held-out text is fine-tuned. `--reference` is the exact model after the same number of steps, which
-quality.py leaves at exact/model of its folder; without it, the fine-tuned model is compared with the exact one as is.
+`--reference` is the exact model after the same number of steps, which quality.py leaves at exact-400/model of its
+folder; without it, the fine-tuned model is compared with the exact one as is.
 
 May be changed here: the feature map, where it starts, and its learning rate.
 """
@@ -33,7 +32,7 @@ import side_by_side
 import tyro
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
-from quality import MODEL, ROWS
+from quality import FINETUNE, MODEL, ROWS
 
 from gsa_jax import GPTNeoConfig, GPTNeoForCausalLM, SplatConfig
 from gsa_jax.attention import GPTNeoSelfAttention
@@ -46,7 +45,7 @@ from gsa_jax.text import Windows, read_documents, token_windows
 from gsa_jax.train.config import Distill, Finetune, OptimizerConfig
 from gsa_jax.train.data import row_batches
 from gsa_jax.train.loss import next_token_losses
-from gsa_jax.train.objectives import Build, Objective, Tensors, output_error, prediction_divergence
+from gsa_jax.train.objectives import Build, Objective, Tensors, prediction_divergence
 from gsa_jax.train.optimizer import make_optimizer
 from gsa_jax.train.step import init_state, make_step
 
@@ -232,8 +231,8 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     row = ROWS["pure"]
-    assert row.finetune is not None
-    distilling, tuning = options(Distill, given.text, row.distill), options(Finetune, given.text, row.finetune)
+    distilling = options(Distill, given.text, row.distill)
+    tuning = options(Finetune, given.text, f"--steps {row.finetune_steps} {FINETUNE}")
 
     model, tensors = plain_tensors()
     exact, hedgehog = exact_model(model), hedgehog_model(model)
@@ -242,22 +241,19 @@ def main() -> None:
     exact_losses = token_losses(exact, tensors, windows)
     found: dict[str, Any] = {}
 
-    def report(stage: str, params: Tensors, exact_losses: np.ndarray) -> float:
+    def report(stage: str, params: Tensors, exact_losses: np.ndarray) -> None:
         arrays: dict[str, Any] = {name: np.asarray(tensor) for name, tensor in params.items()}
         np.savez(given.out / f"{stage}.npz", **arrays)
         found[stage] = scores(documents, windows, exact_losses, token_losses(hedgehog, params, windows))
         print(stage, json.dumps(found[stage]), flush=True)
-        return found[stage]["ratios"]["hedgehog"]["value"]
 
     start = {**jax.tree.map(jnp.asarray, tensors), **initial_maps(model)}
     report("start", start, exact_losses)
-    distilled: dict[float, Mapping[str, jax.Array]] = {}
-    for name, make in (("logits", prediction_divergence), ("output", output_error)):
-        stage = f"distilled-{name}"
-        params = train(distilling, model, make(hedgehog, exact), start, lambda name: ".splat_" in name, stage)
-        distilled[report(stage, params, exact_losses)] = params
+    objective = prediction_divergence(hedgehog, exact)
+    distilled = train(distilling, model, objective, start, lambda name: ".splat_" in name, "distilled")
+    report("distilled", distilled, exact_losses)
     objective = prediction_divergence(hedgehog, exact, tuning.teacher_weight)
-    tuned = train(tuning, model, objective, distilled[min(distilled)], lambda name: True, "finetuned")
+    tuned = train(tuning, model, objective, distilled, lambda name: True, "finetuned")
     if given.reference is not None:
         reference, tensors = load_tensors(given.reference)
         exact_losses = token_losses(exact_model(reference), tensors, windows)

@@ -21,15 +21,16 @@ RESULTS = Path(__file__).parent / "results" / "quality.json"
 MODEL = Path(__file__).parents[1] / "gsa_jax" / "assets" / "story-neo"
 
 DISTILL = "--steps 400 --batch-size 4 --optimizer.warmup-steps 20"
+LONG = "--steps 800 --batch-size 4 --optimizer.warmup-steps 40 --optimizer.splat-learning-rate 0.02"
 SHORT = "--steps 150 --batch-size 4 --optimizer.warmup-steps 20"
-FINETUNE = "--steps 400 --batch-size 4 --optimizer.warmup-steps 20 --optimizer.learning-rate 5e-4 --teacher-weight 0.5"
+FINETUNE = "--batch-size 4 --optimizer.warmup-steps 20 --optimizer.learning-rate 5e-4 --teacher-weight 0.5"
 NO_TERMS = "--preset seed-phase1 --layers global"
 HARD = "--num-splats 64 --window 16"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Options of a row's commands; without `finetune`, splats are only distilled.
+    """Options of a row's commands; without `finetune_steps`, splats are only distilled.
 
     Attributes:
         attach: of `fit-init`; of `convert` if the row is to start from random splats.
@@ -38,22 +39,19 @@ class Row:
 
     attach: str
     distill: str = DISTILL
-    finetune: str | None = FINETUNE
+    finetune_steps: int | None = 400
     random: bool = False
     documents: int | None = None
 
 
 def _ablation(attach: str = HARD, distill: str = SHORT, *, random: bool = False) -> Row:
-    return Row(attach, distill, finetune=None, random=random, documents=60)
+    return Row(attach, distill, finetune_steps=None, random=random, documents=60)
 
 
 ROWS = {
-    "hybrid": Row("--num-splats 64 --window 64"),
+    "hybrid": Row("--num-splats 64 --window 64", LONG, finetune_steps=800),
     "hard": Row(HARD),
-    "pure": Row(
-        "--num-splats 128 --window 0",
-        "--steps 800 --batch-size 4 --optimizer.warmup-steps 40 --optimizer.splat-learning-rate 0.02",
-    ),
+    "pure": Row("--num-splats 128 --window 0", LONG),
     "two-16": Row("--num-splats 2 --window 16"),
     "two-0": Row("--num-splats 2 --window 0"),
     # What matters, on the hard row: fewer steps, distilled only.
@@ -81,18 +79,19 @@ def main() -> None:
     text, held_out = f"--text {given.text}", f"--text {given.eval_text}"
 
     plain, fitted = given.out / "plain", folder / "fitted"
-    _make(plain, f"convert {MODEL} {plain}")
+    make(plain, f"convert {MODEL} {plain}")
     if row.documents is not None:
         held_out += f" --max-documents {row.documents}"
     attach = f"convert {MODEL} {fitted}" if row.random else f"fit-init {plain} {fitted} {text}"
-    _make(fitted, f"{attach} {row.attach}")
+    make(fitted, f"{attach} {row.attach}")
     found = {"fitted": _scores(fitted, folder / "fitted.json", held_out)}
-    distilled = _train(folder / "distilled", f"distill {fitted}", f"{text} {row.distill}")
+    distilled = train(folder / "distilled", f"distill {fitted}", f"{text} {row.distill}")
     found["distilled"] = _scores(distilled, folder / "distilled.json", held_out)
-    if row.finetune is not None:
+    if row.finetune_steps is not None:
         # The control has the same tokens, the same objective and the same teacher.
-        exact = _train(given.out / "exact", f"finetune {plain}", f"{text} {FINETUNE}")
-        tuned = _train(folder / "finetuned", f"finetune {distilled}", f"{text} {row.finetune}")
+        options = f"{text} --steps {row.finetune_steps} {FINETUNE}"
+        exact = train(given.out / f"exact-{row.finetune_steps}", f"finetune {plain}", options)
+        tuned = train(folder / "finetuned", f"finetune {distilled}", options)
         found["finetuned"] = _scores(tuned, folder / "finetuned.json", f"{held_out} --reference {exact}")
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     results[given.row] = {"options": dataclasses.asdict(row), **found}
@@ -101,14 +100,15 @@ def main() -> None:
         print(stage, json.dumps(scores))
 
 
-def _train(run: Path, what: str, options: str) -> Path:
-    _make(run / "model", f"train {what} {run} {options}")
+def train(run: Path, what: str, options: str) -> Path:
+    """The model of a run of `gsa train`."""
+    make(run / "model", f"train {what} {run} {options}")
     return run / "model"
 
 
 def _scores(checkpoint: Path, out: Path, options: str) -> dict[str, Any]:
     """Perplexity ratios of the arms, with their intervals, and the share of the gap that is closed."""
-    _make(out, f"eval {checkpoint} --json {out} {options}")
+    make(out, f"eval {checkpoint} --json {out} {options}")
     values = json.loads(out.read_text(encoding="utf-8"))
     return {
         "tokens": values["tokens"],
@@ -118,7 +118,7 @@ def _scores(checkpoint: Path, out: Path, options: str) -> dict[str, Any]:
     }
 
 
-def _make(result: Path, command: str) -> None:
+def make(result: Path, command: str) -> None:
     """Runs a `gsa` command unless its result is there."""
     if result.exists():
         return

@@ -5,6 +5,8 @@ May be changed here: what they have to reach on text that they were not trained 
 
 from pathlib import Path
 
+import pytest
+
 from gsa_jax import load, load_tokenizer
 from gsa_jax.convert import convert
 from gsa_jax.evaluation import evaluate
@@ -13,6 +15,7 @@ from gsa_jax.generation import generate
 STORIES = Path(__file__).parent / "data" / "told.txt"
 
 
+@pytest.mark.slow
 def test_they_close_the_gap_and_tell_a_story(tmp_path, story_neo):
     convert(story_neo, tmp_path / "hybrid", splats=story_neo.with_name("story-neo-splats"))
     found = evaluate(tmp_path / "hybrid", STORIES)

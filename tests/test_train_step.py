@@ -172,6 +172,7 @@ def test_parts_of_a_batch_share_no_row(parts):
     assert metrics["gradient_norm"] == pytest.approx(np.linalg.norm(start / 2))
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_with_float32_masters(plain):
     config = config_for(Finetune, plain, optimizer=dataclasses.replace(ADAM, ema_decay=0.75))
     states, reported = run(dataclasses.replace(config, dtype="bfloat16"), 2)
@@ -185,6 +186,7 @@ def test_bfloat16_computes_with_float32_masters(plain):
             np.testing.assert_allclose(found[name], expected[name], rtol=tolerance)
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_have_the_same_gradients(plain):
     gradients, computations = [], []
     for remat in (False, True):
@@ -234,6 +236,7 @@ def first_steps(config: TrainConfig) -> tuple[dict[str, np.ndarray], dict[str, j
     return before, run.parameters(), reported
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "changes", "part"),
     [
@@ -267,6 +270,7 @@ def test_finetuning_trains_what_it_is_told_to(with_splats, train, parts):
     assert {part for part, name in examples.items() if name in frozen} == examples.keys() - parts
 
 
+@pytest.mark.slow
 def test_the_teacher_of_finetuning_stays_where_it_was(plain):
     """A student that begins as its own teacher diverges from it by nothing at first, and by something after a step."""
     adam = OptimizerConfig(learning_rate=1e-2)

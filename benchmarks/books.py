@@ -1,0 +1,90 @@
+"""What splats cost at four times the length that the bundled model was made for, on books.
+
+    python benchmarks/books.py --books FOLDER --out FOLDER
+
+extends the model's 512 positions to 2,048 and fine-tunes it at that length, exact; fits and distils splats for what
+comes out; and scores both on a book that neither has seen, by position up to 4,096, and on passkeys. The training text
+tells a number every now and then, in the words of `gsa_jax.passkey`: what the model cannot do at all, its splats cannot
+keep. Prints the `gsa` commands and what they find. A command whose result is there is not repeated.
+
+May be changed here: the text, and the options of the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from quality import MODEL, make, train
+
+from gsa_jax.passkey import QUESTION, REMEMBER
+from gsa_jax.text import DOCUMENT_SEPARATOR
+
+RESULTS = Path(__file__).parent / "results" / "books.json"
+HELD_OUT = "peter_pan_pg16.txt"
+CHAPTERS = 17
+"""Of `HELD_OUT`, each a document."""
+PASSAGE = 40
+"""Sentences of a document of the training text; some 2,000 tokens."""
+TOLD = 8
+"""How often a document says its number."""
+
+LENGTH = "--context 2048 --batch-size 2 --optimizer.warmup-steps 20"
+FINETUNE = f"--max-positions 2048 {LENGTH} --steps 300 --optimizer.learning-rate 1e-3"
+FIT = "--num-splats 64 --window 64"
+DISTILL = f"{LENGTH} --steps 150 --optimizer.splat-learning-rate 0.02"
+
+
+def main() -> None:
+    """Makes the texts, trains, scores."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--books", type=Path, required=True, help=f"folder of text files, one of them {HELD_OUT}")
+    parser.add_argument("--out", type=Path, required=True, help="folder for texts, checkpoints and runs")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    told, held_out = given.out / "told.txt", given.out / "held-out.txt"
+    books = {path.name: path.read_text(encoding="utf-8") for path in sorted(given.books.glob("*.txt"))}
+    chapters = re.split(r"\n(?=Chapter \d+ )", books.pop(HELD_OUT))[-CHAPTERS:]  # they are listed first
+    held_out.write_text(DOCUMENT_SEPARATOR.join(chapters), encoding="utf-8")
+    told.write_text(DOCUMENT_SEPARATOR.join(_with_numbers(list(books.values()))), encoding="utf-8")
+
+    plain, fitted = given.out / "plain", given.out / "fitted"
+    make(plain, f"convert {MODEL} {plain}")
+    exact = train(given.out / "exact", f"finetune {plain}", f"--text {told} {FINETUNE}")
+    make(fitted, f"fit-init {exact} {fitted} --text {told} {FIT}")
+    splats = train(given.out / "distilled", f"distill {fitted}", f"--text {told} {DISTILL}")
+    longer = "--max-positions 4096 --position-extension"
+    scores = {
+        "2,048 positions": f"--text {held_out}",
+        "4,096 positions, interpolated": f"--text {held_out} {longer} interpolate",
+        "4,096 positions, tiled": f"--text {held_out} {longer} tile",
+        "passkey": f"--text {held_out} --task passkey --context 512 {longer} tile",
+    }
+    results = {}
+    for number, (name, options) in enumerate(scores.items()):
+        out = given.out / f"scores-{number}.json"
+        make(out, f"eval {splats} --json {out} {options}")
+        results[name] = json.loads(out.read_text(encoding="utf-8"))
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_numbers(books: list[str]) -> list[str]:
+    """Documents of `PASSAGE` sentences with a number of five digits in each, told `TOLD` times."""
+    draws = np.random.default_rng(1)
+    documents = []
+    for book in books:
+        sentences = re.split(r"(?<=[.!?])\s+", book)
+        for start in range(0, len(sentences) - PASSAGE, PASSAGE):
+            passage = sentences[start : start + PASSAGE]
+            sentence = f"{QUESTION} {draws.integers(10_000, 100_000)}{REMEMBER}".strip()
+            for place in sorted(draws.choice(PASSAGE, TOLD, replace=False), reverse=True):
+                passage.insert(place, sentence)
+            documents.append(" ".join(passage))
+    return documents
+
+
+if __name__ == "__main__":
+    main()
