@@ -67,7 +67,8 @@ def main() -> None:
     for number, (name, options) in enumerate(scores.items()):
         out = given.out / f"scores-{number}.json"
         make(out, f"eval {splats} --json {out} {options}")
-        results[name] = json.loads(out.read_text(encoding="utf-8"))
+        found = json.loads(out.read_text(encoding="utf-8"))
+        results[name] = {key: value for key, value in found.items() if key not in ("checkpoint", "text")}
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
