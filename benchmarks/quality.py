@@ -52,6 +52,7 @@ ROWS = {
     "hybrid": Row("--num-splats 64 --window 64", LONG, finetune_steps=800),
     "hard": Row(HARD),
     "pure": Row("--num-splats 128 --window 0", LONG),
+    "pure-long": Row("--num-splats 128 --window 0", LONG, finetune_steps=800),
     "two-16": Row("--num-splats 2 --window 16"),
     "two-0": Row("--num-splats 2 --window 0"),
     # What matters, on the hard row: fewer steps, distilled only.
