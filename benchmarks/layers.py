@@ -79,7 +79,7 @@ def main() -> None:
     documents = read_documents(given.eval_text)[: given.max_documents]
     results = {}
     for folder in given.checkpoints:
-        results["/".join(folder.parts[-3:])] = found = measure(folder, documents)
+        results[str(folder)] = found = measure(folder, documents)
         print(folder, json.dumps(found), flush=True)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

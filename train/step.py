@@ -56,7 +56,7 @@ def make_step(
         following: State = {"params": params, "opt_state": opt_state}
         if ema_decay is not None:
             following["ema"] = optax.incremental_update(params, state["ema"], 1 - ema_decay)
-        return following, {**metrics, "gradient_norm": optax.global_norm(gradients)}
+        return following, {**metrics, "gradient_norm": optax.tree.norm(gradients)}
 
     return step
 
