@@ -27,7 +27,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache $(BIN)/python -m pytest -n 2 --strict-run -m "not slow" --durations=20
 
-# Runs that are killed, terminated or spread over processes, and what else takes a minute.
+# Runs that are killed, terminated or spread over processes, and what else takes long.
 test-slow: $(VENV)/.test
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache $(BIN)/python -m pytest -n 2 -m slow
 

@@ -144,6 +144,7 @@ def test_decoding_donates_its_cache(model: GPTNeoForCausalLM) -> None:
     chex.assert_trees_all_equal_shapes_and_dtypes(after.logits, state.logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_bfloat16_decodes_as_its_own_forward_pass() -> None:
     reference = ours(hf_model(initializer_range=0.1), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)

@@ -199,6 +199,7 @@ def test_prediction_divergence_is_that_of_pytorch():
         np.testing.assert_allclose(loss, weight * divergence + (1 - weight) * entropy, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_thirty_steps_of_distillation_bring_the_model_closer():
     """On rows that were not trained on. Each objective lowers itself; the divergence of predictions follows two."""
     _, splats = parameters("all")

@@ -217,7 +217,9 @@ def random_model(mode: str):
     return lambda params, ids, **masks: nnx.merge(graphdef, params)(ids, **masks), params
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", ["exact", "hybrid", *(pytest.param(x, marks=pytest.mark.slow) for x in MODES if x not in ("exact", "hybrid"))]
+)
 def test_a_packed_row_is_its_documents_alone(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits, and gradients of the parameters, of the whole model: documents of 1 token, and of several chunks. Alone,
     a document runs without segments and through the dense form of the op."""

@@ -337,6 +337,7 @@ def test_window_that_holds_everything_is_exact_attention(dtype, implementation: 
             assert_close(state, compiled(window, "reference")(case)[1], 0)
 
 
+@pytest.mark.slow
 def test_more_splats_come_closer_to_softmax() -> None:
     """With centres on a sphere and sigma = R / sqrt(n), the splats average exp(q . k) over directions.
 

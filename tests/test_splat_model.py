@@ -113,7 +113,7 @@ def test_the_future_does_not_change_the_past(mode: str) -> None:
         chex.assert_trees_all_equal(forward(ids, mask)[seen], forward(edited, mask)[seen])
 
 
-@pytest.mark.parametrize("mode", ["pure", "hybrid", "all layers"])
+@pytest.mark.parametrize("mode", ["pure", "hybrid", pytest.param("all layers", marks=pytest.mark.slow)])
 def test_padding_changes_nothing(mode: str) -> None:
     """Whatever it holds; and logits and gradients stay finite with a row that is padding altogether."""
     model = splat_model(mode)
@@ -154,7 +154,7 @@ def greedy_by_forward(model: GPTNeoForCausalLM, prompt: list[int], new: int) -> 
     return ids[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("mode", ["pure", "hybrid", "all layers"])
+@pytest.mark.parametrize("mode", ["pure", "hybrid", pytest.param("all layers", marks=pytest.mark.slow)])
 def test_generation_equals_greedy_without_a_cache(mode: str) -> None:
     model = splat_model(mode)
     prompts = [random_ids(n, n).tolist() for n in (1, 5, 19)]
@@ -184,6 +184,7 @@ def test_the_decoding_state_does_not_grow_with_the_context(mode: str) -> None:
     assert len(jax.tree.leaves(shapes(16))) > 10
 
 
+@pytest.mark.slow
 def test_bfloat16_decodes_as_its_own_forward_pass() -> None:
     model = splat_model("hybrid", jnp.bfloat16)
     forward, extend = jitted(model)
