@@ -218,7 +218,8 @@ def random_model(mode: str):
 
 
 @pytest.mark.parametrize(
-    "mode", ["exact", "hybrid", *(pytest.param(x, marks=pytest.mark.slow) for x in MODES if x not in ("exact", "hybrid"))]
+    "mode",
+    ["exact", "hybrid", *(pytest.param(x, marks=pytest.mark.slow) for x in MODES if x not in ("exact", "hybrid"))],
 )
 def test_a_packed_row_is_its_documents_alone(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits, and gradients of the parameters, of the whole model: documents of 1 token, and of several chunks. Alone,
