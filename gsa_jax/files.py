@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,10 +58,19 @@ def _staged(out: Path, needed_bytes: int) -> Iterator[Path]:
         raise
     finally:
         if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+            _remove(staging)
         for parent in new_parents:
             with contextlib.suppress(OSError):  # it stays if the result is in it
                 parent.rmdir()
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, also from under the writers of a save that failed: they end soon, but add files meanwhile."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
 
 
 def refuse_existing(out: Path) -> None:

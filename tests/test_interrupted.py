@@ -1,7 +1,9 @@
 """A conversion that is killed, terminated or runs out of disk leaves nothing that could be taken for a result."""
 
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from gsa_jax import InputError, load
 from gsa_jax.checkpoint import expected_shapes
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.convert import convert
+from gsa_jax.files import new_folder
 
 # Runs the command line after it, and sends this process a signal at a given moment of the conversion.
 INTERRUPTED = """
@@ -148,3 +151,20 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path, story_neo, story_checkpoint, c
     ended, left = on_a_small_disk(out.parent, sys.executable, "-c", NO_PRECHECK, command, given, out)
     assert ended.returncode == 2 and not left
     assert ended.stderr == f"gsa: {out}: the disk is full; nothing was written\n"
+
+
+def test_writers_that_outlive_a_failure_leave_nothing(tmp_path, monkeypatch):
+    """As the threads of a save do that fails in one of them: a file comes after the folder was emptied."""
+    remove, late = shutil.rmtree, threading.Event()
+
+    def remove_too_early(folder, **options):
+        remove(folder, **options)
+        if not late.is_set():
+            late.set()
+            folder.mkdir()
+            (folder / "late").touch()
+
+    monkeypatch.setattr(shutil, "rmtree", remove_too_early)
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "out", needed_bytes=0):
+        raise RuntimeError
+    assert late.is_set() and not list(tmp_path.iterdir())
