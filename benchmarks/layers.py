@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -25,6 +26,9 @@ from gsa_jax.config import GPTNeoConfig
 from gsa_jax.evaluation import cross_entropy
 from gsa_jax.text import Windows, read_documents, token_windows
 from gsa_jax.train.objectives import output_error
+
+Model = tuple[GPTNeoConfig, Mapping[str, Any]]
+"""Configuration and tensors."""
 
 RESULTS = Path(__file__).parent / "results" / "layers.json"
 
@@ -42,30 +46,27 @@ def only(layer: int, config: GPTNeoConfig, tensors: Mapping[str, Any]) -> tuple[
 def measure(folder: Path, documents: list[str]) -> dict[str, Any]:
     """Ratios and errors of one checkpoint."""
     config, tensors = load_tensors(folder)
-    exact_config, exact_tensors = without_splats(config, tensors)
+    exact_model = without_splats(config, tensors)
     windows = token_windows(documents, load_tokenizer(folder), config)
-    exact = cross_entropy((exact_config, exact_tensors), windows)
+    exact = cross_entropy(exact_model, windows)
     arms = {"all": (config, tensors)} | {
         f"layer {layer}": only(layer, config, tensors) for layer in config.splat_layers
     }
     ratios = {name: math.exp(cross_entropy(arm, windows) - exact) for name, arm in arms.items()}
-    return {"tokens": int(windows.attention_mask[:, 1:].sum()), "ratios": ratios, **_errors(config, tensors, windows)}
+    errors = _errors((config, tensors), exact_model, windows)
+    return {"tokens": int(windows.attention_mask[:, 1:].sum()), "ratios": ratios, **errors}
 
 
-def _errors(config: GPTNeoConfig, tensors: Mapping[str, Any], windows: Windows) -> dict[str, float]:
-    """Of each layer, means over batches of eight windows."""
-    exact_config, _ = without_splats(config, tensors)
-
-    def exact(params: Mapping[str, Any]) -> Any:
-        return build_model(*without_splats(exact_config, params))
-
-    objective = jax.jit(output_error(lambda params: build_model(config, params), exact))
-    params = {name: jnp.asarray(x) for name, x in tensors.items()}
+def _errors(model: Model, exact_model: Model, windows: Windows) -> dict[str, float]:
+    """Of each layer, means over batches of eight windows; those that do not fill one are left out."""
+    student, teacher = (functools.partial(build_model, config) for config, _ in (model, exact_model))
+    objective = jax.jit(output_error(student, teacher))
+    params, exact_params = (jax.tree.map(jnp.asarray, dict(tensors)) for _, tensors in (model, exact_model))
     found = []
     for start in range(0, len(windows.input_ids) - 7, 8):
         rows = slice(start, start + 8)
         batch = {"input_ids": windows.input_ids[rows], "segment_ids": windows.attention_mask[rows].astype("int32")}
-        found.append(objective(params, params, batch)[1])
+        found.append(objective(params, exact_params, batch)[1])
     return {name: float(jnp.mean(jnp.array([errors[name] for errors in found]))) for name in found[0]}
 
 

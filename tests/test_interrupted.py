@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -155,16 +154,16 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path, story_neo, story_checkpoint, c
 
 def test_writers_that_outlive_a_failure_leave_nothing(tmp_path, monkeypatch):
     """As the threads of a save do that fails in one of them: a file comes after the folder was emptied."""
-    remove, late = shutil.rmtree, threading.Event()
+    remove, late = shutil.rmtree, []
 
     def remove_too_early(folder, **options):
         remove(folder, **options)
-        if not late.is_set():
-            late.set()
+        if not late:
+            late.append(folder / "late")
             folder.mkdir()
-            (folder / "late").touch()
+            late[0].touch()
 
     monkeypatch.setattr(shutil, "rmtree", remove_too_early)
     with pytest.raises(RuntimeError), new_folder(tmp_path / "out", needed_bytes=0):
         raise RuntimeError
-    assert late.is_set() and not list(tmp_path.iterdir())
+    assert late and not list(tmp_path.iterdir())
