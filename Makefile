@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
-MODEL := gsa_jax/assets/story-neo
+ASSETS := gsa_jax/assets
+MODEL := $(ASSETS)/story-neo
 # Exactly one version of PyTorch, so that a CPU build already at hand is taken instead of gigabytes of CUDA.
 TORCH ?= torch==2.13.0
 
@@ -16,7 +17,7 @@ demo: $(VENV)/.demo
 	$(BIN)/gsa convert $(MODEL) $(DEMO)/plain
 	$(BIN)/gsa verify $(MODEL) $(DEMO)/plain --text tests/data/stories.txt
 	$(BIN)/gsa convert $(MODEL) $(DEMO)/splats --splats-from $(MODEL)-splats
-	$(BIN)/gsa eval $(DEMO)/splats --text tests/data/told.txt
+	$(BIN)/gsa eval $(DEMO)/splats --text $(ASSETS)/told.txt
 	@for window in all 64 0; do \
 		echo; echo "--- a story with a window of: $$window"; \
 		$(BIN)/gsa generate $(DEMO)/splats --window $$window --stream \

@@ -86,7 +86,7 @@ def ours(which: str, length: int, window: int) -> Callable[[], Any]:
 
     def attention(query: Any, key: Any, value: Any, splats: Any) -> Any:
         mask = jnp.ones(key.shape[:2], bool)
-        return splat_attention(query, key, value, splats, window=window, key_mask=mask)[0]
+        return splat_attention(query, key, value, splats, window=window, attention_mask=mask)[0]
 
     return _in_jax(attention, which, (query, key, value, splats, gradient), 1)
 

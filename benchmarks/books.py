@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from quality import MODEL, make, train
 
-from gsa_jax.passkey import QUESTION, REMEMBER
+from gsa_jax.evaluation.passkey import QUESTION, REMEMBER
 from gsa_jax.text import DOCUMENT_SEPARATOR
 
 RESULTS = Path(__file__).parent / "results" / "books.json"

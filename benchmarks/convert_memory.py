@@ -20,8 +20,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from gsa_jax.checkpoint import expected_shapes
 from gsa_jax.config import GPTNeoConfig
+from gsa_jax.parameters import expected_shapes
 
 _BLOCK = 2**22
 """Weights that are drawn at a time."""

@@ -31,20 +31,21 @@ import numpy as np
 import side_by_side
 import tyro
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 from quality import FINETUNE, MODEL, ROWS
 
 from gsa_jax import GPTNeoConfig, GPTNeoForCausalLM, SplatConfig
 from gsa_jax.attention import GPTNeoSelfAttention
-from gsa_jax.checkpoint import build_model, expected_shapes, load_tensors, load_tokenizer
+from gsa_jax.checkpoint import load_tensors, load_tokenizer
 from gsa_jax.cli.base import progress
 from gsa_jax.convert import convert
-from gsa_jax.ops import Splats, SplatState, splat_attention
-from gsa_jax.scores import estimates, sum_by_document
-from gsa_jax.text import Windows, read_documents, token_windows
+from gsa_jax.evaluation.intervals import estimates, sum_by_document
+from gsa_jax.loss import next_token_losses
+from gsa_jax.ops import Splats, SplatState
+from gsa_jax.parameters import attention_tensor, build_model, expected_shapes, is_splat
+from gsa_jax.text import TextRows, read_documents, text_rows
 from gsa_jax.train.config import Distill, Finetune, OptimizerConfig
 from gsa_jax.train.data import row_batches
-from gsa_jax.train.loss import next_token_losses
 from gsa_jax.train.objectives import Build, Objective, Tensors, prediction_divergence
 from gsa_jax.train.optimizer import make_optimizer
 from gsa_jax.train.step import init_state, make_step
@@ -85,9 +86,7 @@ class HedgehogSelfAttention(GPTNeoSelfAttention):
         query: Float[Array, "B T H D"],
         key: Float[Array, "B T H D"],
         value: Float[Array, "B T H D"],
-        attention_mask: Bool[Array, "B T"] | Int[Array, "B T"],
-        window: int | None,
-        initial_state: SplatState | None = None,
+        **call: Any,
     ) -> tuple[Float[Array, "B T H D"], SplatState | None]:
         log_query, log_key = self._log_features("query", query), self._log_features("key", key)
         if NORMALISED:  # a query's sum would cancel
@@ -99,19 +98,13 @@ class HedgehogSelfAttention(GPTNeoSelfAttention):
             norm_gain=jnp.full(self.num_heads, 0.5),
         )
         wide = jnp.pad(value, [(0, 0)] * 3 + [(0, features - head_dim)])  # the op wants equal sizes
-        context, state = splat_attention(
-            log_query, log_key, wide, splats, window=window, key_mask=attention_mask, initial_state=initial_state
-        )
+        context, state = super()._attn(log_query, log_key, wide, splats=splats, **call)
         return context[..., :head_dim], state
 
     def _log_features(self, kind: str, x: Float[Array, "B T H D"]) -> Float[Array, "B T H S"]:
         weight, bias = getattr(self, f"splat_{kind}_map"), getattr(self, f"splat_{kind}_bias")
         mapped = jnp.einsum("bthd,hfd->bthf", x, weight[...]) + bias[...]
         return jnp.concatenate([mapped, -mapped], axis=-1)
-
-
-def _prefix(layer: int) -> str:
-    return f"transformer.h.{layer}.attn.attention."
 
 
 def initial_maps(config: GPTNeoConfig) -> dict[str, jax.Array]:
@@ -123,8 +116,8 @@ def initial_maps(config: GPTNeoConfig) -> dict[str, jax.Array]:
     for layer in with_splats(config).splat_layers:
         for kind, key in zip(("query", "key"), jax.random.split(jax.random.key(layer)), strict=True):
             random = SPREAD * jax.random.normal(key, below)
-            found[f"{_prefix(layer)}splat_{kind}_map"] = jnp.concatenate([identity, random], axis=1)
-            found[f"{_prefix(layer)}splat_{kind}_bias"] = jnp.zeros((heads, rows))
+            found[attention_tensor(layer, f"splat_{kind}_map")] = jnp.concatenate([identity, random], axis=1)
+            found[attention_tensor(layer, f"splat_{kind}_bias")] = jnp.zeros((heads, rows))
     return found
 
 
@@ -148,7 +141,7 @@ def hedgehog_model(config: GPTNeoConfig) -> Build:
         for layer in replaced.splat_layers:
             attn = model.transformer.h[layer].attn
             attn.attention = HedgehogSelfAttention(
-                attn.attention, {name: params[_prefix(layer) + name] for name in MAPS}
+                attn.attention, {name: params[attention_tensor(layer, name)] for name in MAPS}
             )
         model.config = replaced
         return model
@@ -184,26 +177,26 @@ def train(
     return {**frozen, **state["params"]}
 
 
-def token_losses(build: Build, params: Mapping[str, Any], windows: Windows, rows_at_once: int = 8) -> np.ndarray:
-    """Nats of each token but the first of its window, `[N, L - 1]`."""
+def token_losses(build: Build, params: Mapping[str, Any], text: TextRows, rows_at_once: int = 8) -> np.ndarray:
+    """Nats of each token but the first of its row, `[N, L - 1]`."""
 
     @jax.jit
     def of_rows(params: Tensors, ids: jax.Array, mask: jax.Array) -> jax.Array:
         return next_token_losses(build(params)(ids, mask), ids)
 
-    count = len(windows.input_ids)
-    losses = np.zeros((count, windows.input_ids.shape[1] - 1), np.float32)
+    count = len(text.input_ids)
+    losses = np.zeros((count, text.input_ids.shape[1] - 1), np.float32)
     for start in range(0, count, rows_at_once):
         rows = np.arange(start, start + rows_at_once) % count  # one shape: the last ones go with some from the start
-        losses[rows] = of_rows(params, windows.input_ids[rows], windows.attention_mask[rows])
+        losses[rows] = of_rows(params, text.input_ids[rows], text.attention_mask[rows])
     return losses
 
 
-def scores(documents: list[str], windows: Windows, exact: np.ndarray, hedgehog: np.ndarray) -> dict[str, Any]:
+def scores(documents: list[str], rows: TextRows, exact: np.ndarray, hedgehog: np.ndarray) -> dict[str, Any]:
     """As quality.py gives them."""
-    found = estimates(sum_by_document(documents, windows, {"exact": exact, "hedgehog": hedgehog}))
+    found = estimates(sum_by_document(documents, rows, {"exact": exact, "hedgehog": hedgehog}))
     return {
-        "tokens": int(windows.attention_mask[:, 1:].sum()),
+        "tokens": int(rows.attention_mask[:, 1:].sum()),
         "exact_perplexity": found["perplexity", "exact"].value,
         "ratios": {"hedgehog": dataclasses.asdict(found["perplexity_ratio", "hedgehog"])},
     }
@@ -239,26 +232,26 @@ def main() -> None:
     model, tensors = plain_tensors()
     exact, hedgehog = exact_model(model), hedgehog_model(model)
     documents = read_documents(given.eval_text)
-    windows = token_windows(documents, load_tokenizer(MODEL), model)
-    exact_losses = token_losses(exact, tensors, windows)
+    rows = text_rows(documents, load_tokenizer(MODEL), model)
+    exact_losses = token_losses(exact, tensors, rows)
     found: dict[str, Any] = {}
 
     def report(stage: str, params: Tensors, exact_losses: np.ndarray) -> None:
         arrays: dict[str, Any] = {name: np.asarray(tensor) for name, tensor in params.items()}
         np.savez(given.out / f"{stage}.npz", **arrays)
-        found[stage] = scores(documents, windows, exact_losses, token_losses(hedgehog, params, windows))
+        found[stage] = scores(documents, rows, exact_losses, token_losses(hedgehog, params, rows))
         print(stage, json.dumps(found[stage]), flush=True)
 
     start = {**jax.tree.map(jnp.asarray, tensors), **initial_maps(model)}
     report("start", start, exact_losses)
     objective = prediction_divergence(hedgehog, exact)
-    distilled = train(distilling, model, objective, start, lambda name: ".splat_" in name, "distilled")
+    distilled = train(distilling, model, objective, start, is_splat, "distilled")
     report("distilled", distilled, exact_losses)
     objective = prediction_divergence(hedgehog, exact, tuning.teacher_weight)
     tuned = train(tuning, model, objective, distilled, lambda name: True, "finetuned")
     if given.reference is not None:
         reference, tensors = load_tensors(given.reference)
-        exact_losses = token_losses(exact_model(reference), tensors, windows)
+        exact_losses = token_losses(exact_model(reference), tensors, rows)
     report("finetuned", tuned, exact_losses)
     used = {"learning_rate": LEARNING_RATE, "normalised": NORMALISED, "spread": SPREAD}
     written = {"environment": side_by_side.environment(), "options": {**dataclasses.asdict(row), **used}, **found}

@@ -20,11 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gsa_jax.calibration import without_splats
-from gsa_jax.checkpoint import build_model, load_tensors, load_tokenizer
+from gsa_jax.checkpoint import load_tensors, load_tokenizer
 from gsa_jax.config import GPTNeoConfig
-from gsa_jax.evaluation import cross_entropy
-from gsa_jax.text import Windows, read_documents, token_windows
+from gsa_jax.evaluation.perplexity import cross_entropy
+from gsa_jax.parameters import build_model, without_splats
+from gsa_jax.text import TextRows, read_documents, text_rows
 from gsa_jax.train.objectives import output_error
 
 Model = tuple[GPTNeoConfig, Mapping[str, Any]]
@@ -47,25 +47,25 @@ def measure(folder: Path, documents: list[str]) -> dict[str, Any]:
     """Ratios and errors of one checkpoint."""
     config, tensors = load_tensors(folder)
     exact_model = without_splats(config, tensors)
-    windows = token_windows(documents, load_tokenizer(folder), config)
-    exact = cross_entropy(exact_model, windows)
+    rows = text_rows(documents, load_tokenizer(folder), config)
+    exact = cross_entropy(exact_model, rows)
     arms = {"all": (config, tensors)} | {
         f"layer {layer}": only(layer, config, tensors) for layer in config.splat_layers
     }
-    ratios = {name: math.exp(cross_entropy(arm, windows) - exact) for name, arm in arms.items()}
-    errors = _errors((config, tensors), exact_model, windows)
-    return {"tokens": int(windows.attention_mask[:, 1:].sum()), "ratios": ratios, **errors}
+    ratios = {name: math.exp(cross_entropy(arm, rows) - exact) for name, arm in arms.items()}
+    errors = _errors((config, tensors), exact_model, rows)
+    return {"tokens": int(rows.attention_mask[:, 1:].sum()), "ratios": ratios, **errors}
 
 
-def _errors(model: Model, exact_model: Model, windows: Windows) -> dict[str, float]:
-    """Of each layer, means over batches of eight windows; those that do not fill one are left out."""
+def _errors(model: Model, exact_model: Model, text: TextRows) -> dict[str, float]:
+    """Of each layer, means over batches of eight rows; those that do not fill one are left out."""
     student, teacher = (functools.partial(build_model, config) for config, _ in (model, exact_model))
     objective = jax.jit(output_error(student, teacher))
     params, exact_params = (jax.tree.map(jnp.asarray, dict(tensors)) for _, tensors in (model, exact_model))
     found = []
-    for start in range(0, len(windows.input_ids) - 7, 8):
+    for start in range(0, len(text.input_ids) - 7, 8):
         rows = slice(start, start + 8)
-        batch = {"input_ids": windows.input_ids[rows], "segment_ids": windows.attention_mask[rows].astype("int32")}
+        batch = {"input_ids": text.input_ids[rows], "segment_ids": text.attention_mask[rows].astype("int32")}
         found.append(objective(params, exact_params, batch)[1])
     return {name: float(jnp.mean(jnp.array([errors[name] for errors in found]))) for name in found[0]}
 

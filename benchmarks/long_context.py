@@ -42,7 +42,7 @@ def decode(window: int | None, length: int) -> Callable[[], Any]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from gsa_jax.cache import Cache
+    from gsa_jax.model import Cache
 
     model = _model(window, length)
     graphdef, params = nnx.split(model)

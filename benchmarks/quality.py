@@ -63,8 +63,6 @@ ROWS = {
     "no-terms": _ablation(f"{NO_TERMS} {HARD}"),
     "amplitudes": _ablation(HARD + " --terms log_amplitudes"),
     "by-output": _ablation(distill=SHORT + " --objective output"),
-    "by-attention": _ablation(distill=SHORT + " --objective attention"),
-    "splats-first": _ablation(distill=SHORT + " --splats-only-steps 50"),
 }
 
 

@@ -29,14 +29,17 @@ def write(folder: Path) -> None:
 
 def load_ours(folder: str, dtype: str) -> Any:
     """Our model of it."""
-    from gsa_jax.checkpoint import build_model
+    import dataclasses
+
     from gsa_jax.convert.importer import read_tensors
     from gsa_jax.convert.names import plan
     from gsa_jax.convert.reader import open_source
+    from gsa_jax.parameters import build_model
 
     source = open_source(folder)
     planned = plan(source.config, {name: tensor.shape for name, tensor in source.tensors.items()})
-    return build_model(planned.config, read_tensors(source, planned), dtype=dtype, param_dtype=dtype)
+    config = dataclasses.replace(planned.config, dtype=dtype)
+    return build_model(config, read_tensors(source, planned), param_dtype=dtype)
 
 
 def load_torch(folder: str, dtype: str) -> Any:

@@ -33,9 +33,9 @@ def ours(folder: str, context: int, hybrid: bool) -> Callable[[], Any]:
 
     import jax
 
-    from gsa_jax.checkpoint import build_model, named_parameters
+    from gsa_jax.attention import init_splats
     from gsa_jax.config import SPLAT_PRESETS
-    from gsa_jax.splats import init_splats
+    from gsa_jax.parameters import attention_tensor, build_model, named_parameters
     from gsa_jax.train.config import OptimizerConfig
     from gsa_jax.train.objectives import cross_entropy
     from gsa_jax.train.optimizer import make_optimizer
@@ -46,8 +46,8 @@ def ours(folder: str, context: int, hybrid: bool) -> Callable[[], Any]:
     if hybrid:
         config = dataclasses.replace(config, splats=SPLAT_PRESETS["hybrid"])
         for layer in config.splat_layers:
-            for name, array in init_splats(jax.random.key(layer), config, "float32").items():
-                params[f"transformer.h.{layer}.attn.attention.{name}"] = array
+            for name, array in init_splats(jax.random.key(layer), config).items():
+                params[attention_tensor(layer, name)] = array
     optimizer = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", final_share=1.0), 1000)
     objective = cross_entropy(lambda params: build_model(config, params))
     step = jax.jit(make_step(objective, optimizer, accumulate=1, ema_decay=None), donate_argnums=0)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from gsa_jax.checkpoint import CONFIG_FILE, REPORT_FILE, TOKENIZER_FILES, load_tensors
+from gsa_jax.checkpoint import CONFIG_FILE, REPORT_FILE, load_tensors, tokenizer_files
 from gsa_jax.convert.names import EXPORT_LEAVES, export_names
 from gsa_jax.convert.splat_folder import write_splats
 from gsa_jax.errors import InputError
@@ -56,9 +56,8 @@ def export(checkpoint: str | Path, out: str | Path, *, splats_only: bool = False
         exported = {names[name]: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         save_file(exported, staging / "model.safetensors", metadata={"format": "pt"})
         (staging / "model.safetensors").chmod(0o644)  # the writer makes it private
-        for name in TOKENIZER_FILES:
-            if (checkpoint / name).is_file():
-                shutil.copyfile(checkpoint / name, staging / name)
+        for file in tokenizer_files(checkpoint):
+            shutil.copyfile(file, staging / file.name)
         (staging / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return ExportReport(
         tensors=len(tensors),

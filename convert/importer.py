@@ -6,8 +6,6 @@ May be changed here: the order of steps, what is checked on each tensor, and wha
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,17 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from gsa_jax.checkpoint import REPORT_FILE, TOKENIZER_FILES, save_tensors
-from gsa_jax.config import GPTNeoConfig, SplatConfig
+from gsa_jax.attention import init_splats
+from gsa_jax.checkpoint import REPORT_FILE, save, tokenizer_files
+from gsa_jax.config import DTYPES, GPTNeoConfig, SplatConfig
 from gsa_jax.convert.names import Plan, plan
 from gsa_jax.convert.reader import Source, SourceTensor, open_source
 from gsa_jax.convert.splat_folder import read_splats
 from gsa_jax.errors import InputError
-from gsa_jax.files import new_folder, refuse_existing
+from gsa_jax.files import refuse_existing
+from gsa_jax.parameters import TOKEN_EMBEDDING, attention_tensor, is_splat
 from gsa_jax.progress import Progress
-from gsa_jax.splats import init_splats
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +72,7 @@ def convert(
         source: a Hugging Face folder, or a hub id.
         out: the checkpoint folder to make; must not exist.
         splats: to attach to a source that has none: a configuration, for which they start at random (seed 0) and
-            `gsa_jax.fit_init` fits them; or the folder of splats that were trained for this model.
+            `gsa_jax.fitting.fit_init` fits them; or the folder of splats that were trained for this model.
         dtype: of the parameters; as the source stores them if None.
         allow_nonfinite: accept NaN and infinite weights.
         progress: wraps the names of the tensors while they are read.
@@ -95,16 +92,10 @@ def convert(
         raise InputError(f"{files.pop() if len(files) == 1 else opened.folder}: {error}") from None
     _check_dtypes(opened, planned)
     config, attached = _attach(planned.config, splats, dtype or _common_dtype(opened, planned))
-    stored = [opened.tensors[name] for name in planned.sources.values()]
-    needed = sum(tensor.size * jnp.dtype(dtype or tensor.dtype).itemsize for tensor in stored)
-    with new_folder(out, needed_bytes=needed) as staging:
-        tensors = dict(_read(opened, planned, dtype, allow_nonfinite, progress)) | attached
-        tokenizer = [name for name in TOKENIZER_FILES if (opened.folder / name).is_file()]
-        for name in tokenizer:
-            shutil.copyfile(opened.folder / name, staging / name)
-        report = _report(str(source), planned, tensors, attached, tokenizer)
-        (staging / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
-        save_tensors(staging, config, tensors)
+    tensors = dict(_read(opened, planned, dtype, allow_nonfinite, progress)) | attached
+    tokenizer = tokenizer_files(opened.folder)
+    report = _report(str(source), planned, tensors, attached, [file.name for file in tokenizer])
+    save(out, config, tensors, copied=tokenizer, reports={REPORT_FILE: dataclasses.asdict(report)})
     return report
 
 
@@ -121,7 +112,7 @@ def _read(
         source_name = planned.sources[name]
         tensor = opened.tensors[source_name]
         array = tensor.read()
-        if planned.tied_head is not None and name == "transformer.wte.weight":
+        if planned.tied_head is not None and name == TOKEN_EMBEDDING:
             _check_tied(tensor, opened.tensors[planned.tied_head], array, planned.tied_head)
         if source_name in planned.softmaxed:
             logs = array.astype(np.float32)
@@ -185,7 +176,7 @@ def _attach(
     for layer in config.splat_layers:
         new = init_splats(jax.random.fold_in(jax.random.key(0), layer), config, jnp.dtype(dtype))
         for name, tensor in new.items():
-            tensors[f"transformer.h.{layer}.attn.attention.{name}"] = np.asarray(tensor)
+            tensors[attention_tensor(layer, name)] = np.asarray(tensor)
     return config, tensors
 
 
@@ -201,7 +192,7 @@ def _report(
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
         dtypes={dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))},
         splats="attached" if attached else "imported" if planned.config.splats is not None else "none",
-        splat_parameters=sum(tensor.size for name, tensor in tensors.items() if ".splat_" in name),
+        splat_parameters=sum(tensor.size for name, tensor in tensors.items() if is_splat(name)),
         tokenizer=tokenizer,
         ignored=planned.ignored,
     )

@@ -1,7 +1,7 @@
 """Which tensor of a PyTorch checkpoint is which parameter, and which is none.
 
 May be changed here: wrappers that are stripped, buffers that are ignored, and the dialects of splat names. Everything
-else has one name on both sides (`gsa_jax.checkpoint` says which). Pure functions of names and shapes; no file is read.
+else has one name on both sides (`gsa_jax.parameters` says which). Pure functions of names and shapes; no file is read.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from gsa_jax.checkpoint import expected_shapes, shape_problems
 from gsa_jax.config import GPTNeoConfig, SplatConfig
 from gsa_jax.errors import InputError
+from gsa_jax.parameters import TOKEN_EMBEDDING, expected_shapes, shape_problems
 
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 """Prefixes that DataParallel, `torch.compile` and trainers put before every name."""
 
 _BASE_PREFIX = "transformer."
-_WTE = "transformer.wte.weight"
 LM_HEAD = "lm_head.weight"
 
 _IN_ATTENTION = re.compile(r"transformer\.h\.(\d+)\.attn\.attention\.(\w+)")
@@ -34,7 +33,7 @@ _SPLAT_LEAVES = {
 }
 
 _SOFTMAXED = ("gsa_splat_amplitudes",)
-"""Leaves that hold what a softmax over splats makes amplitudes of."""
+"""Leaves whose softmax over splats are the amplitudes."""
 
 _NO_MEANING_HERE = {
     "gsa_mix_weight": "exact and splat attention are not mixed here",
@@ -104,11 +103,11 @@ def plan(config: GPTNeoConfig, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
 
     tied_head = sources.pop(LM_HEAD, None)
     if tied_head is not None:
-        if _WTE in sources:
+        if TOKEN_EMBEDDING in sources:
             ignored[tied_head] = "tied to the token embedding, and equal to it"
         else:
             # safetensors keeps one of two tied tensors, and some writers keep this one.
-            sources[_WTE], tied_head = tied_head, None
+            sources[TOKEN_EMBEDDING], tied_head = tied_head, None
 
     config = _with_splats(config, {name: shapes[source] for name, source in sources.items()})
     found = {name: tuple(shapes[source]) for name, source in sources.items()}

@@ -14,10 +14,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from gsa_jax.checkpoint import CONFIG_FILE, expected_shapes, shape_problems
+from gsa_jax.checkpoint import CONFIG_FILE
 from gsa_jax.config import GPTNeoConfig, SplatConfig, read_config
 from gsa_jax.errors import InputError
 from gsa_jax.files import new_folder
+from gsa_jax.parameters import expected_shapes, is_splat, shape_problems
 
 SPLATS_FILE = "splats.safetensors"
 
@@ -28,7 +29,7 @@ def write_splats(out: Path, config: GPTNeoConfig, tensors: dict[str, np.ndarray]
     Raises:
         InputError: there are none, or the folder cannot be written.
     """
-    splats = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items() if ".splat_" in name}
+    splats = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items() if is_splat(name)}
     if not splats:
         raise InputError("the checkpoint has no splats to export; leave --splats-only out")
     with new_folder(out, needed_bytes=sum(tensor.nbytes for tensor in splats.values())) as staging:
@@ -61,7 +62,7 @@ def read_splats(folder: Path, model: GPTNeoConfig) -> tuple[SplatConfig, dict[st
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged ({error})") from None
-    expected = {name: shape for name, shape in expected_shapes(config).items() if ".splat_" in name}
+    expected = {name: shape for name, shape in expected_shapes(config).items() if is_splat(name)}
     problems = shape_problems(expected, {name: tensor.shape for name, tensor in tensors.items()})
     if problems:
         raise InputError(f"{path}: {'; '.join(problems)}")

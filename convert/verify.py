@@ -17,14 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gsa_jax.checkpoint import build_model, load_tensors, load_tokenizer
+from gsa_jax.checkpoint import load_tensors, load_tokenizer
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.convert.importer import read_tensors
 from gsa_jax.convert.names import plan
 from gsa_jax.convert.reader import Source, open_source
 from gsa_jax.errors import InputError
-from gsa_jax.text import read_documents, token_windows
-from gsa_jax.train.loss import mean_next_token_loss
+from gsa_jax.loss import mean_next_token_loss
+from gsa_jax.parameters import TOKEN_EMBEDDING, build_model, is_splat
+from gsa_jax.text import read_documents, text_rows
 
 _TOLERANCE = 1e-4
 """Relative RMS between two float32 computations with the same weights; rounding alone stays far below."""
@@ -33,8 +34,8 @@ _NARROWED_TOLERANCE = {"bfloat16": 5e-2, "float16": 5e-3}
 """The same when the checkpoint stores its weights in fewer bits than the source."""
 
 _RANDOM_TOKENS = 128
-_TEXT_WINDOW = 512
-_MAX_TEXT_WINDOWS = 8
+_TEXT_CONTEXT = 512
+_MAX_TEXT_ROWS = 8
 
 Oracle = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -78,14 +79,14 @@ def verify(source: str | Path, checkpoint: str | Path, *, text: Path | None = No
         source: the Hugging Face folder, or hub id, that the checkpoint was converted from.
         checkpoint: the checkpoint folder.
         text: a UTF-8 file of documents, as `gsa_jax.text` reads them, to compare on besides random ids; the first 8
-            windows of 512 tokens at most.
+            rows of 512 tokens at most.
 
     Raises:
         InputError: PyTorch is not installed, a folder or the text cannot be used, or the two have different shapes.
     """
     opened = open_source(source)
     config, tensors = load_tensors(checkpoint)
-    config = config.with_window(None)  # with all keys exact, whatever the checkpoint is used with
+    config = config.with_window("all")  # with all keys exact, whatever the checkpoint is used with
     planned = plan(opened.config, {name: tensor.shape for name, tensor in opened.tensors.items()})
     if dataclasses.replace(planned.config, splats=config.splats) != config:
         raise InputError(f"{checkpoint}: has another configuration than {opened.folder}; was it converted from there?")
@@ -142,9 +143,9 @@ def _random_ids(config: GPTNeoConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _text_ids(text: Path, config: GPTNeoConfig, checkpoint: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    context = min(_TEXT_WINDOW, config.max_position_embeddings)
-    windows = token_windows(read_documents(text), load_tokenizer(checkpoint), config, context)
-    return windows.input_ids[:_MAX_TEXT_WINDOWS], windows.attention_mask[:_MAX_TEXT_WINDOWS]
+    context = min(_TEXT_CONTEXT, config.max_position_embeddings)
+    rows = text_rows(read_documents(text), load_tokenizer(checkpoint), config, context)
+    return rows.input_ids[:_MAX_TEXT_ROWS], rows.attention_mask[:_MAX_TEXT_ROWS]
 
 
 def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[str, Oracle]]:
@@ -161,9 +162,9 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
     if info["missing_keys"] or any(parameter.is_meta for parameter in model.parameters()):
         # transformers starts tensors at random that it does not find. It does so with names behind a wrapper
         # (`module.`), which only our key table knows; and a head that stands for the embedding leaves it without data.
-        own = {name: torch.tensor(np.asarray(t, np.float32)) for name, t in tensors.items() if ".splat_" not in name}
+        own = {name: torch.tensor(np.asarray(t, np.float32)) for name, t in tensors.items() if not is_splat(name)}
         model = transformers.GPTNeoForCausalLM(model.config)
-        model.load_state_dict({**own, "lm_head.weight": own["transformer.wte.weight"]}, strict=True)
+        model.load_state_dict({**own, "lm_head.weight": own[TOKEN_EMBEDDING]}, strict=True)
         names = ", weights by our names"
     model = model.float().eval()
 

@@ -17,11 +17,12 @@ from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 
 import gsa_jax
-from gsa_jax.calibration import queries_and_keys
-from gsa_jax.checkpoint import build_model, load_tensors
+from gsa_jax.checkpoint import load_tensors
 from gsa_jax.convert import convert
-from gsa_jax.fit_init import fit_init
+from gsa_jax.fitting.placing import fit_init
+from gsa_jax.fitting.statistics import queries_and_keys
 from gsa_jax.ops import no_splats, splat_attention
+from gsa_jax.parameters import build_model
 
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "tests" / "data" / "stories.txt"
@@ -38,7 +39,7 @@ def weights() -> dict[str, np.ndarray]:
         fit_init(plain, fitted, TEXT, splats=gsa_jax.SplatConfig(num_splats=64, window=WINDOW, far_gain=True))
         config, tensors = load_tensors(fitted)
         tokenizer = gsa_jax.load_tokenizer(fitted)
-    model = build_model(config.with_window(None), tensors)
+    model = build_model(config.with_window("all"), tensors)
     ids = np.array([tokenizer.encode(TEXT.read_text(encoding="utf-8"), verbose=False)[:TOKENS]], np.int32)
     mask = np.ones(ids.shape, bool)
     _, query, key = next(iter(queries_and_keys(model, ids, mask, (LAYER,))))
@@ -46,7 +47,7 @@ def weights() -> dict[str, np.ndarray]:
     value = jnp.broadcast_to(jnp.eye(TOKENS)[None, :, None], query.shape)
 
     def read(window: int | None, splats: gsa_jax.ops.Splats) -> np.ndarray:
-        output, _ = splat_attention(query, key, value, splats, window=window, key_mask=jnp.asarray(mask))
+        output, _ = splat_attention(query, key, value, splats, window=window, attention_mask=jnp.asarray(mask))
         return np.asarray(output[0, :, HEAD])
 
     return {

@@ -7,6 +7,8 @@ that `import gsa_jax` and `gsa --help` do not wait for JAX.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from gsa_jax import assets
+
 if TYPE_CHECKING:
     from gsa_jax.checkpoint import load, load_tokenizer
     from gsa_jax.config import GPTNeoConfig, SplatConfig
@@ -22,6 +24,7 @@ __all__ = [
     "Greedy",
     "InputError",
     "SplatConfig",
+    "assets",
     "generate",
     "generate_stream",
     "load",

@@ -6,14 +6,16 @@
       conversion.json    where it came from and what was left behind
       tokenizer files    as the source had them
 
-May be changed here: this layout, and how tensors become a model. The name of a tensor is its path in the model in
-Hugging Face's words, e.g. `transformer.h.0.attn.attention.q_proj.weight`.
+May be changed here: this layout. How tensors become a model is `gsa_jax.parameters`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,12 +23,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from gsa_jax.config import GPTNeoConfig, read_config
 from gsa_jax.errors import InputError, first_line
+from gsa_jax.files import new_folder
 from gsa_jax.model import GPTNeoForCausalLM
+from gsa_jax.parameters import build_model, expected_shapes, shape_problems
+from gsa_jax.sharding import same_path_everywhere, wait_for_all, whole_on_host
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,82 +50,47 @@ TOKENIZER_FILES = (
 )
 """Files that travel with the weights, unchanged, as far as the source has them."""
 
-_HF_LEAF_NAMES = {"scale": "weight", "embedding": "weight"}
-"""The leaves that Flax calls differently than PyTorch: of a layer norm and of an embedding."""
 
-
-def _tensor_name(path: tuple[Any, ...]) -> str:
-    *modules, leaf = (str(part) for part in path)
-    return ".".join([*modules, _HF_LEAF_NAMES.get(leaf, leaf)])
-
-
-def named_parameters(model: GPTNeoForCausalLM) -> dict[str, jax.Array]:
-    """The parameters of a model by Hugging Face's names, splats included."""
-    return {_tensor_name(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-
-
-def expected_shapes(config: GPTNeoConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter that a model of this configuration has; allocates nothing."""
-    model = nnx.eval_shape(lambda: GPTNeoForCausalLM(config, rngs=nnx.Rngs(0)))
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {_tensor_name(path): tuple(leaf.get_value().shape) for path, leaf in flat}
-
-
-def build_model(
+def save(
+    out: Path,
     config: GPTNeoConfig,
     tensors: Mapping[str, np.ndarray | jax.Array],
     *,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    param_dtype: jax.typing.DTypeLike | None = None,
-    remat: bool = False,
-) -> GPTNeoForCausalLM:
-    """A model with these parameters, without initialising others first.
+    copied: Iterable[Path],
+    reports: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Writes a checkpoint folder, all or nothing; where several processes train a model, all of them call this.
 
     Args:
-        tensors: exactly the parameters of `expected_shapes(config)`, in any floating dtype.
-        dtype: of the computation.
-        param_dtype: of the parameters; as `tensors` has them if None.
+        out: the folder to make; must not exist.
+        tensors: the parameters by their names; on a mesh, each process may hold parts of them.
+        copied: files to put beside, such as `tokenizer_files(source)`.
+        reports: JSON files to put beside, by their names.
 
     Raises:
-        InputError: tensors are missing, left over or of another shape; all of them are listed.
+        InputError: the folder exists or cannot be written, or the disk is full.
     """
-    problems = shape_problems(expected_shapes(config), {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    if problems:
-        raise InputError("tensors do not fit the configuration: " + "; ".join(problems))
-    model = nnx.eval_shape(lambda: GPTNeoForCausalLM(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
-    graphdef, abstract = nnx.split(model)
-    flat = []
-    for path, leaf in nnx.to_flat_state(abstract):
-        tensor = tensors[_tensor_name(path)]
-        flat.append((path, leaf.replace(jnp.asarray(tensor, dtype=param_dtype or tensor.dtype))))
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    whole = {name: whole_on_host(tensor) for name, tensor in tensors.items()}
+    is_first = jax.process_index() == 0
+    needed = sum(tensor.nbytes for tensor in whole.values())
+    with new_folder(out, needed_bytes=needed) if is_first else contextlib.nullcontext(out) as staging:
+        staging = same_path_everywhere(staging)
+        if is_first:
+            for file in copied:
+                shutil.copyfile(file, staging / file.name)
+            for name, report in (reports or {}).items():
+                (staging / name).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        # An interrupt lands in the main thread, which waits here for the other one. Raised inside of Orbax, it would
+        # leave threads that go on writing into a folder that is being removed.
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            executor.submit(_write_weights, staging.resolve() / WEIGHTS_FOLDER, whole).result()
+        (staging / CONFIG_FILE).write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
+        wait_for_all("model written")
 
 
-def shape_problems(
-    expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-    *,
-    labels: Mapping[str, str] | None = None,
-) -> list[str]:
-    """What tells two sets of named shapes apart, a phrase for each tensor; `labels` renames those that were found."""
-    labels = labels or {}
-    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in found]
-    for name, shape in found.items():
-        label = labels.get(name, name)
-        if name not in expected:
-            problems.append(f"unexpected {label} {list(shape)}")
-        elif shape != expected[name]:
-            problems.append(f"{label} has shape {list(shape)}, expected {list(expected[name])}")
-    return problems
-
-
-def save_tensors(folder: Path, config: GPTNeoConfig, tensors: Mapping[str, np.ndarray | jax.Array]) -> None:
-    """Writes weights and configuration into an existing folder, configuration last; all processes call this."""
-    # An interrupt lands in the main thread, which waits here for the other one. Raised inside of Orbax, it would leave
-    # threads that go on writing into a folder that is being removed.
-    with ThreadPoolExecutor(max_workers=1) as executor:
-        executor.submit(_write_weights, folder.resolve() / WEIGHTS_FOLDER, dict(tensors)).result()
-    (folder / CONFIG_FILE).write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that travel with its weights."""
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def _write_weights(folder: Path, tensors: dict[str, np.ndarray | jax.Array]) -> None:
@@ -167,9 +136,12 @@ def load(
     remat: bool = False,
     window: int | Literal["all"] | None = None,
 ) -> GPTNeoForCausalLM:
-    """The model of a checkpoint folder; arguments as for `build_model`.
+    """The model of a checkpoint folder.
 
     Args:
+        dtype: of the computation.
+        param_dtype: of the parameters; as the folder has them if None.
+        remat: recompute each block in the backward pass instead of keeping its activations.
         window: tokens that splat layers attend to exactly, instead of as many as the checkpoint says; `"all"` makes
             them exact, 0 leaves them nothing but splats.
 
@@ -179,8 +151,9 @@ def load(
     """
     config, tensors = load_tensors(folder)
     if window is not None:
-        config = config.with_window(None if window == "all" else window)
-    return build_model(config, tensors, dtype=dtype, param_dtype=param_dtype, remat=remat)
+        config = config.with_window(window)
+    config = dataclasses.replace(config, dtype=jnp.dtype(dtype).name, remat=remat)
+    return build_model(config, tensors, param_dtype=param_dtype)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

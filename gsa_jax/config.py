@@ -11,14 +11,20 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gsa_jax.errors import InputError
 
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish")
-"""Names of Hugging Face activations that `gsa_jax.model` implements."""
+"""Names of Hugging Face activations that `gsa_jax.layers` implements."""
 
 ATTENTION_KINDS = ("global", "local")
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of parameters and of the computation."""
+
+_NOT_STORED = ("dtype", "remat")
+"""Fields that say how a model computes, not what it is."""
 
 
 def _require_int(name: str, value: Any, minimum: int) -> None:
@@ -37,7 +43,7 @@ class SplatConfig:
 
     Attributes:
         num_splats: splats per head, S >= 0; 0 leaves the window alone.
-        window: tokens that attend exactly, W >= 0, the query's own included; `None` is an infinite window, i.e. plain
+        window: tokens that attend exactly, W >= 0, the query's own included; `"all"` is an infinite window, i.e. plain
             softmax attention with the splats attached and unused.
         layers: `"global"` for the global ones, `"all"`, or their numbers. A local layer reaches beyond its own window
             through splats, as a global one does, once `window` is finite.
@@ -47,7 +53,7 @@ class SplatConfig:
     """
 
     num_splats: int
-    window: int | None = None
+    window: int | Literal["all"] = "all"
     layers: str | tuple[int, ...] = "global"
     log_amplitudes: bool = False
     norm_gain: bool = False
@@ -55,7 +61,7 @@ class SplatConfig:
 
     def __post_init__(self) -> None:
         _require_int("num_splats", self.num_splats, 0)
-        if self.window is not None:
+        if self.window != "all":
             _require_int("window", self.window, 0)
         if self.num_splats == 0 and self.window == 0:
             raise InputError("num_splats = 0 with window = 0 leaves nothing to attend to; raise one of the two")
@@ -92,6 +98,9 @@ class GPTNeoConfig:
         window_size: tokens seen by a local layer, its own included.
         intermediate_size: width of the MLP; `None` means `4 * hidden_size`.
         splats: splats attached to the attention, or `None` for the plain model.
+        dtype: of the computation, one of `DTYPES`. Not part of a `config.json`, whose `dtype` is that of the stored
+            weights; nor is `remat`.
+        remat: recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
         InputError: a field is out of range, or fields contradict one another.
@@ -114,6 +123,8 @@ class GPTNeoConfig:
     bos_token_id: int | None = 50256
     eos_token_id: int | None = 50256
     splats: SplatConfig | None = None
+    dtype: str = "float32"
+    remat: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention_types", _freeze_attention_types(self.attention_types))
@@ -140,6 +151,8 @@ class GPTNeoConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or not 0 <= value < self.vocab_size):
                 raise InputError(f"{name} = {value!r}: not in the vocabulary of {self.vocab_size} tokens")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype = {self.dtype!r}: must be one of {', '.join(DTYPES)}")
         if self.hidden_size % self.num_heads:
             raise InputError(f"num_heads = {self.num_heads} does not divide hidden_size = {self.hidden_size}")
         if self.activation_function not in ACTIVATIONS:
@@ -173,23 +186,23 @@ class GPTNeoConfig:
         return tuple(n for n, kind in enumerate(self.attention_layers) if self.splats.layers in ("all", kind))
 
     @property
-    def windows(self) -> tuple[int | None, ...]:
-        """Tokens that each layer attends to exactly, the query's own included; `None` for all of the past."""
-        kinds = {"global": None, "local": self.window_size}
+    def windows(self) -> tuple[int | Literal["all"], ...]:
+        """Tokens that each layer attends to exactly, the query's own included; `"all"` for all of the past."""
+        kinds: dict[str, int | Literal["all"]] = {"global": "all", "local": self.window_size}
         windows = [kinds[kind] for kind in self.attention_layers]
-        if self.splats is not None and self.splats.window is not None:
+        if self.splats is not None and self.splats.window != "all":
             for layer in self.splat_layers:
                 windows[layer] = self.splats.window
         return tuple(windows)
 
-    def with_window(self, window: int | None) -> GPTNeoConfig:
+    def with_window(self, window: int | Literal["all"]) -> GPTNeoConfig:
         """The same model with another exact window of its splat layers.
 
         Raises:
             InputError: the window is finite and there are no splats to attend through.
         """
         if self.splats is None:
-            if window is None:
+            if window == "all":
                 return self
             raise InputError(f"window = {window}: the model has no splats; attach and fit them first: gsa fit-init")
         return dataclasses.replace(self, splats=dataclasses.replace(self.splats, window=window))
@@ -218,10 +231,13 @@ class GPTNeoConfig:
         splats = values.get("splats")
         if splats is not None and not isinstance(splats, SplatConfig):
             try:
+                splats = dict(splats)
+                if splats.get("window") is None:  # how an infinite window was written before 0.1.0
+                    splats["window"] = "all"
                 splats = SplatConfig(**splats)
-            except TypeError as error:
+            except (TypeError, ValueError) as error:
                 raise InputError(f"splats = {splats!r}: {error}") from None
-        own = {field.name for field in dataclasses.fields(cls)} - {"splats"}
+        own = {field.name for field in dataclasses.fields(cls)} - {"splats", *_NOT_STORED}
         config = cls(splats=splats, **{name: value for name, value in values.items() if name in own})
         listed = values.get("attention_layers")
         if listed is not None and listed not in (config.attention_layers, list(config.attention_layers)):
@@ -230,52 +246,12 @@ class GPTNeoConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The dict for a `config.json` that `transformers` 4 and 5 read as a `GPTNeoConfig`."""
-        values = dataclasses.asdict(self)
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_STORED}
         values["attention_types"] = [[list(pattern), repeats] for pattern, repeats in self.attention_types]
         values["attention_layers"] = list(self.attention_layers)
         if self.splats is None:
             del values["splats"]
         return {"architectures": ["GPTNeoForCausalLM"], "model_type": "gpt_neo", **values}
-
-
-MESH_AXES = ("data", "fsdp", "tensor")
-"""Axes of a mesh of devices; what is laid along them is `gsa_jax.sharding`."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """How many ways each axis cuts; their product is the number of devices."""
-
-    data: int | None = None
-    """Groups of devices that have all parameters; by default as many as there are devices for."""
-    fsdp: int = 1
-    """Devices that share one copy of the parameters and have different rows of the batch."""
-    tensor: int = 1
-    """Devices that share the heads and the MLP of the same rows."""
-
-    def sizes(self, devices: int) -> dict[str, int]:
-        """The size of each axis on so many devices.
-
-        Raises:
-            InputError: a size is below 1, or their product is not the number of devices.
-        """
-        for axis in MESH_AXES:
-            size = getattr(self, axis)
-            if size is not None and size < 1:
-                raise InputError(f"mesh {axis} = {size}: must be >= 1")
-        fixed = self.fsdp * self.tensor
-        if self.data is None and devices % fixed:
-            raise InputError(
-                f"mesh fsdp x tensor = {self.fsdp} x {self.tensor} = {fixed} does not divide the {devices} devices; "
-                "change one of them"
-            )
-        data = devices // fixed if self.data is None else self.data
-        if data * fixed != devices:
-            raise InputError(
-                f"mesh data x fsdp x tensor = {data} x {self.fsdp} x {self.tensor} = {data * fixed}, but there are "
-                f"{devices} devices; leave data out to use all of them"
-            )
-        return {"data": data, "fsdp": self.fsdp, "tensor": self.tensor}
 
 
 def read_config(path: Path) -> GPTNeoConfig:

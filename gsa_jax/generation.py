@@ -1,7 +1,6 @@
 """Text generation: one prefill, then a jitted loop that decodes token by token.
 
-May be changed here: the loop and its buckets. How a token is chosen is in `gsa_jax.sampling`, what is remembered in
-`gsa_jax.cache`.
+May be changed here: the loop and its buckets. How a token is chosen is in `gsa_jax.sampling`.
 
 Prompts are padded on the left to a length bucket, so a new prompt compiles nothing as long as its bucket is known. A
 long prompt is read in chunks.
@@ -12,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.cache import Cache
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
-from gsa_jax.model import GPTNeoForCausalLM
+from gsa_jax.model import Cache, GPTNeoForCausalLM
 from gsa_jax.sampling import Greedy, Sampler
 
 _SMALLEST_PROMPT_BUCKET = 16
@@ -32,6 +31,7 @@ _CHUNK = 1024
 _NEW_TOKENS_BUCKET = 64
 
 
+@no_type_check  # a pytree also holds shapes
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["cache", "logits", "tokens", "step", "done", "key"],
@@ -208,7 +208,7 @@ def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]
 
 def _capacity(config: GPTNeoConfig, slots: int) -> int:
     """Room for `slots`, or as much as any layer can use, so that no other number of slots compiles anything."""
-    windows = [slots if window is None else window for window in config.windows]
+    windows = [slots if window == "all" else window for window in config.windows]
     return min(slots, max(windows))
 
 

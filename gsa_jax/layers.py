@@ -1,6 +1,6 @@
 """Layers that Flax does not have in the form this model needs.
 
-May be changed here: initialisation and dtypes of a projection, and the table of activations.
+May be changed here: initialisation of a projection, and the table of activations.
 """
 
 import functools
@@ -28,22 +28,12 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Linear(nnx.Module):
     """`x @ weight.T + bias` with the weight `[out, in]` of `torch.nn.Linear`; `gsa_jax.ops.linear` says why."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        use_bias: bool,
-        stddev: float,
-        dtype: jax.typing.DTypeLike,
-        param_dtype: jax.typing.DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.dtype = dtype
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool, stddev: float, rngs: nnx.Rngs) -> None:
         init = nnx.initializers.normal(stddev)
-        self.weight = nnx.Param(init(rngs.params(), (out_features, in_features), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
+        self.weight = nnx.Param(init(rngs.params(), (out_features, in_features), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((out_features,), jnp.float32)) if use_bias else None
 
     def __call__(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch F"]:
-        out = linear(x.astype(self.dtype), self.weight[...].astype(self.dtype))
-        return out if self.bias is None else out + self.bias[...].astype(self.dtype)
+        """Computed in the dtype of `x`, whatever that of the parameters is."""
+        out = linear(x, self.weight[...].astype(x.dtype))
+        return out if self.bias is None else out + self.bias[...].astype(x.dtype)

@@ -4,81 +4,64 @@ The tree of modules and the names of its leaves are Hugging Face's (`transformer
 so whoever knows `transformers` v4.57 `modeling_gpt_neo.py` knows this file. May be changed here: the blocks and how
 they are put together. Attention is in `gsa_jax.attention`, generation in `gsa_jax.generation`.
 
-Parameters have `param_dtype`, computation has `dtype`; attention scores, softmax, statistics of the layer norms and
-logits are float32 always.
+There is one path forward: every module's `__call__`, over whole texts, or over parts of them with a `Cache` of what
+came before. Computation has `config.dtype`, whatever dtype the parameters have; attention scores, softmax, statistics
+of the layer norms and logits are float32 always.
 """
+
+import dataclasses
+import functools
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.attention import GPTNeoAttention
-from gsa_jax.cache import Cache
 from gsa_jax.config import GPTNeoConfig
-from gsa_jax.errors import InputError
 from gsa_jax.layers import ACTIVATION_FUNCTIONS, Linear
 from gsa_jax.ops import SplatState, linear
-from gsa_jax.ops.documents import numbers_documents, runs
-from gsa_jax.sharding import keep_rows_apart, keep_whole
+from gsa_jax.ops.partition import keep_rows_apart, keep_whole
+from gsa_jax.ops.segments import check_segment_ids, positions_from_mask, token_mask
 
 
-def positions_from_mask(attention_mask: Bool[Array, "B T"] | Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Position of each token among the real ones of its row, or of its document if the mask is integer; padding gets a
-    neighbour's, which is never looked at."""
-    if not numbers_documents(attention_mask):
-        return jnp.maximum(jnp.cumsum(attention_mask, axis=1, dtype=jnp.int32) - 1, 0)
-    tokens = jnp.cumsum(attention_mask != 0, axis=1, dtype=jnp.int32)
-    # Also 0 at the first slot of a row that begins with padding, as padding comes before document 1.
-    first = runs(attention_mask, jnp.zeros_like(attention_mask[:, 0])).first
-    return tokens - jnp.take_along_axis(tokens, first, axis=1)
+@no_type_check  # a pytree also holds shapes and shardings
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers", "tokens"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What decoding remembers of the texts so far.
+
+    A layer that attends exactly to all of the past has a ring with room for all of it; the state of any other layer
+    does not grow with the context.
+
+    Attributes:
+        layers: one state per layer.
+        tokens: how many tokens each text has so far, padding not counted.
+    """
+
+    layers: tuple[SplatState, ...]
+    tokens: Int[Array, "B"]
 
 
-def _count(attention_mask: Bool[Array, "B T"]) -> Int[Array, " B"]:
-    return jnp.sum(attention_mask, axis=1, dtype=jnp.int32)
-
-
-def _layer_norm(config: GPTNeoConfig, dtype: jax.typing.DTypeLike, param_dtype: jax.typing.DTypeLike) -> nnx.LayerNorm:
-    # The fast variance E[x^2] - E[x]^2 cancels where PyTorch's does not.
+def _layer_norm(config: GPTNeoConfig) -> nnx.LayerNorm:
     return nnx.LayerNorm(
         config.hidden_size,
         epsilon=config.layer_norm_epsilon,
-        use_fast_variance=False,
-        dtype=dtype,
-        param_dtype=param_dtype,
+        use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where PyTorch's variance does not
+        dtype=jnp.dtype(config.dtype),
         rngs=nnx.Rngs(0),
     )
-
-
-def _look_up(embedding: nnx.Embed, rows: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-    """`embedding(rows)`, from a table that a mesh gathers first: the head needs it whole anyway."""
-    return jnp.take(keep_whole(embedding.embedding[...].astype(embedding.dtype)), rows, axis=0)
 
 
 class GPTNeoMLP(nnx.Module):
     """`c_proj(activation(c_fc(x)))`."""
 
-    def __init__(
-        self,
-        config: GPTNeoConfig,
-        *,
-        dtype: jax.typing.DTypeLike,
-        param_dtype: jax.typing.DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
-        def projection(in_features: int, out_features: int) -> Linear:
-            return Linear(
-                in_features,
-                out_features,
-                use_bias=True,
-                stddev=config.initializer_range,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
-
-        self.c_fc = projection(config.hidden_size, config.mlp_dim)
-        self.c_proj = projection(config.mlp_dim, config.hidden_size)
+    def __init__(self, config: GPTNeoConfig, *, rngs: nnx.Rngs) -> None:
+        stddev = config.initializer_range
+        self.c_fc = Linear(config.hidden_size, config.mlp_dim, use_bias=True, stddev=stddev, rngs=rngs)
+        self.c_proj = Linear(config.mlp_dim, config.hidden_size, use_bias=True, stddev=stddev, rngs=rngs)
         self.activation = config.activation_function
 
     def __call__(self, hidden_states: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
@@ -88,35 +71,24 @@ class GPTNeoMLP(nnx.Module):
 class GPTNeoBlock(nnx.Module):
     """Pre-norm residual block: attention, then MLP."""
 
-    def __init__(
-        self,
-        config: GPTNeoConfig,
-        layer: int,
-        *,
-        dtype: jax.typing.DTypeLike,
-        param_dtype: jax.typing.DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.ln_1 = _layer_norm(config, dtype, param_dtype)
-        self.attn = GPTNeoAttention(config, layer, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.ln_2 = _layer_norm(config, dtype, param_dtype)
-        self.mlp = GPTNeoMLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: GPTNeoConfig, layer: int, *, rngs: nnx.Rngs) -> None:
+        self.ln_1 = _layer_norm(config)
+        self.attn = GPTNeoAttention(config, layer, rngs=rngs)
+        self.ln_2 = _layer_norm(config)
+        self.mlp = GPTNeoMLP(config, rngs=rngs)
 
     def __call__(
-        self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"] | Int[Array, "B T"]
-    ) -> Float[Array, "B T E"]:
-        return self.finish(hidden_states, self.attn.attention(self.ln_1(hidden_states), attention_mask))
-
-    def prefill(
-        self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"], capacity: int
-    ) -> tuple[Float[Array, "B T E"], SplatState]:
-        context, state = self.attn.attention.prefill(self.ln_1(hidden_states), attention_mask, capacity)
-        return self.finish(hidden_states, context), state
-
-    def extend(
-        self, hidden_states: Float[Array, "B T E"], attention_mask: Bool[Array, "B T"], state: SplatState
-    ) -> tuple[Float[Array, "B T E"], SplatState]:
-        context, state = self.attn.attention.extend(self.ln_1(hidden_states), attention_mask, state)
+        self,
+        hidden_states: Float[Array, "B T E"],
+        attention_mask: Bool[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        state: SplatState | None = None,
+        *,
+        capacity: int | None = None,
+    ) -> tuple[Float[Array, "B T E"], SplatState | None]:
+        """Arguments and state as `GPTNeoSelfAttention` has them."""
+        normed = self.ln_1(hidden_states)
+        context, state = self.attn.attention(normed, attention_mask, segment_ids, state, capacity=capacity)
         return self.finish(hidden_states, context), state
 
     def finish(self, residual: Float[Array, "B T E"], context: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
@@ -128,153 +100,140 @@ class GPTNeoBlock(nnx.Module):
 class GPTNeoModel(nnx.Module):
     """Embeddings, blocks and the last layer norm: token ids to hidden states."""
 
-    def __init__(
-        self,
-        config: GPTNeoConfig,
-        *,
-        dtype: jax.typing.DTypeLike = jnp.float32,
-        param_dtype: jax.typing.DTypeLike = jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.remat = remat
+    def __init__(self, config: GPTNeoConfig, *, rngs: nnx.Rngs) -> None:
+        self.remat = config.remat
 
         def embedding(count: int) -> nnx.Embed:
-            return nnx.Embed(
-                count,
-                config.hidden_size,
-                embedding_init=nnx.initializers.normal(config.initializer_range),
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
+            init = nnx.initializers.normal(config.initializer_range)
+            dtype = jnp.dtype(config.dtype)
+            return nnx.Embed(count, config.hidden_size, embedding_init=init, dtype=dtype, rngs=rngs)
 
         self.wte = embedding(config.vocab_size)
         self.wpe = embedding(config.max_position_embeddings)
-        self.h = nnx.List(
-            [
-                GPTNeoBlock(config, layer, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-                for layer in range(config.num_layers)
-            ]
-        )
-        self.ln_f = _layer_norm(config, dtype, param_dtype)
+        self.h = nnx.List([GPTNeoBlock(config, layer, rngs=rngs) for layer in range(config.num_layers)])
+        self.ln_f = _layer_norm(config)
+
+    def embed(self, input_ids: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        """The sum of both embeddings."""
+
+        def look_up(embedding: nnx.Embed, rows: jax.Array) -> jax.Array:
+            # A mesh gathers the table before the rows are taken: the head needs it whole anyway.
+            return jnp.take(keep_whole(embedding.embedding[...].astype(embedding.dtype)), rows, axis=0)
+
+        return keep_rows_apart(look_up(self.wte, input_ids) + look_up(self.wpe, positions))
 
     def __call__(
         self,
         input_ids: Int[Array, "B T"],
-        attention_mask: Bool[Array, "B T"] | Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-    ) -> Float[Array, "B T E"]:
-        hidden_states = keep_rows_apart(_look_up(self.wte, input_ids) + _look_up(self.wpe, positions))
-        run_block = nnx.remat(GPTNeoBlock.__call__) if self.remat else GPTNeoBlock.__call__
-        for block in self.h:
-            hidden_states = keep_rows_apart(run_block(block, hidden_states, attention_mask))
-        return self.ln_f(hidden_states)
+        attention_mask: Bool[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        *,
+        capacity: int | None = None,
+    ) -> tuple[Float[Array, "B T E"], Cache | None]:
+        """Hidden states of these tokens, and the cache after them where `cache` or `capacity` was given.
 
-    def prefill(
-        self, input_ids: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], capacity: int
-    ) -> tuple[Float[Array, "B T E"], Cache]:
-        hidden_states = self.wte(input_ids) + self.wpe(positions_from_mask(attention_mask))
-        states = []
-        for block in self.h:
-            hidden_states, state = block.prefill(hidden_states, attention_mask, capacity)
-            states.append(state)
-        return self.ln_f(hidden_states), Cache(tuple(states), _count(attention_mask))
+        Args:
+            positions: counted from the masks, and on from those in the cache, if None.
+            cache: of the tokens before these.
+            capacity: for the first of several calls: slots that they will take together.
+        """
+        before = jnp.zeros(input_ids.shape[0], jnp.int32) if cache is None else cache.tokens
+        if positions is None:
+            positions = before[:, None] + positions_from_mask(attention_mask, segment_ids)
+        hidden_states = self.embed(input_ids, positions)
 
-    def extend(
-        self, input_ids: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], cache: Cache
-    ) -> tuple[Float[Array, "B T E"], Cache]:
-        positions = cache.tokens[:, None] + positions_from_mask(attention_mask)
-        hidden_states = self.wte(input_ids) + self.wpe(positions)
-        states = []
-        for block, state in zip(self.h, cache.layers, strict=True):
-            hidden_states, state = block.extend(hidden_states, attention_mask, state)
-            states.append(state)
-        return self.ln_f(hidden_states), Cache(tuple(states), cache.tokens + _count(attention_mask))
+        def run(block: GPTNeoBlock, hidden_states: jax.Array, state: SplatState | None) -> Any:
+            return block(hidden_states, attention_mask, segment_ids, state, capacity=capacity)
+
+        states = [None] * len(self.h) if cache is None else cache.layers
+        following = []
+        run_block = nnx.remat(run) if self.remat else run
+        for block, state in zip(self.h, states, strict=True):
+            hidden_states, state = run_block(block, hidden_states, state)
+            hidden_states = keep_rows_apart(hidden_states)
+            following.append(state)
+        hidden_states = self.ln_f(hidden_states)
+        if cache is None and capacity is None:
+            return hidden_states, None
+        return hidden_states, Cache(tuple(following), before + jnp.sum(attention_mask, axis=1, dtype=jnp.int32))
 
 
 class GPTNeoForCausalLM(nnx.Module):
     """GPT-Neo with its tied language-modelling head.
 
     Args:
-        config: shape of the model; with `config.splats` its splat layers carry splat parameters.
-        dtype: of the computation.
-        param_dtype: of the parameters.
-        remat: recompute each block in the backward pass instead of keeping its activations.
-        rngs: for the initial weights, stream `params`.
+        config: shape of the model, and how it computes; with `config.splats` its splat layers carry splat parameters.
+        rngs: for the initial weights, which are float32, stream `params`.
     """
 
-    def __init__(
-        self,
-        config: GPTNeoConfig,
-        *,
-        dtype: jax.typing.DTypeLike = jnp.float32,
-        param_dtype: jax.typing.DTypeLike = jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ) -> None:
+    def __init__(self, config: GPTNeoConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.dtype = dtype
-        self.transformer = GPTNeoModel(config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=rngs)
+        self.transformer = GPTNeoModel(config, rngs=rngs)
 
     def __call__(
         self,
-        input_ids: Int[Array, "B T"],
-        attention_mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
         positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        segment_ids: ArrayLike | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of the next token, float32.
 
         Args:
-            input_ids: must lie in the vocabulary; an id outside of it gives NaN.
-            attention_mask: nonzero for real tokens, zero for padding anywhere; all real if None. Logits of padding are
-                finite and mean nothing.
+            input_ids: integers `[B, T]`; must lie in the vocabulary, an id outside of it gives NaN.
+            attention_mask: bools or Hugging Face's integers `[B, T]`: 1 for tokens, 0 for padding anywhere; all tokens
+                if None. Logits of padding are finite and mean nothing.
             positions: row of the position embedding for each token; counted from the mask if None, from 0 in each
                 document.
-            segment_ids: number of each token's document in its row; numbers rise along a row from 1. A token sees only
-                its own document; 0 is padding.
+            segment_ids: integers `[B, T]`, the number of each token's document in its row; numbers rise along a row
+                from 1, 0 is padding. A token sees only its own document.
 
         Raises:
-            InputError: `segment_ids` has a wrong shape or dtype, or falls along a row (which can be seen only outside
-                of `jit`).
+            InputError: a mask has a wrong shape or dtype, or `segment_ids` fall along a row (which can be seen only
+                outside of `jit`).
         """
-        if attention_mask is None:
-            attention_mask = jnp.ones_like(input_ids, bool)
-        attention_mask = attention_mask.astype(bool)
-        if segment_ids is not None:
-            if segment_ids.shape != input_ids.shape or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-                raise InputError(
-                    f"segment_ids is {segment_ids.dtype}{list(segment_ids.shape)}; "
-                    f"give integers of shape {list(input_ids.shape)}, as input_ids has"
-                )
-            attention_mask = jnp.where(attention_mask, segment_ids, 0)
-        if positions is None:
-            positions = positions_from_mask(attention_mask)
-        return self._logits(self.transformer(input_ids, attention_mask, positions))
+        ids = jnp.asarray(input_ids)
+        mask = token_mask(attention_mask, ids.shape)
+        segments = None if segment_ids is None else check_segment_ids(segment_ids, ids.shape)
+        hidden_states, _ = self.transformer(ids, mask, segments, positions)
+        return self._logits(hidden_states)
 
     def prefill(
-        self, input_ids: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], capacity: int
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None, capacity: int
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Reads the beginning of sequences.
+        """Reads the beginning of texts.
 
         Args:
-            attention_mask: False for padding; on the left, if the logits are to mean something.
+            attention_mask: 0 for padding; on the left, if the logits are to mean something.
             capacity: slots that these and all later calls of `extend` will take together, padding included. Layers
                 that attend exactly to all of the past get room for as many, and would forget the oldest beyond that.
 
         Returns:
             Logits after the last slot, and what `extend` goes on from.
         """
-        hidden_states, cache = self.transformer.prefill(input_ids, attention_mask, capacity)
-        return self._logits(hidden_states[:, -1]), cache
+        return self._read(input_ids, attention_mask, capacity=capacity)
 
     def extend(
-        self, input_ids: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], cache: Cache
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None, cache: Cache
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Reads the next tokens, one when decoding or many of a long prompt: logits after the last, new cache."""
-        hidden_states, cache = self.transformer.extend(input_ids, attention_mask, cache)
-        return self._logits(hidden_states[:, -1]), cache
+        return self._read(input_ids, attention_mask, cache)
 
-    def _logits(self, hidden_states: jax.Array) -> jax.Array:
-        return linear(hidden_states, self.transformer.wte.embedding[...].astype(self.dtype)).astype(jnp.float32)
+    def _read(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None,
+        cache: Cache | None = None,
+        capacity: int | None = None,
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        ids = jnp.asarray(input_ids)
+        mask = token_mask(attention_mask, ids.shape)
+        hidden_states, following = self.transformer(ids, mask, cache=cache, capacity=capacity)
+        assert following is not None, "a cache or a capacity gives a cache"
+        return self._logits(hidden_states[:, -1]), following
+
+    def _logits(self, hidden_states: Float[Array, "*rows E"]) -> Float[Array, "*rows V"]:
+        head = self.transformer.wte.embedding[...].astype(hidden_states.dtype)
+        return linear(hidden_states, head).astype(jnp.float32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Protocol
+from typing import Protocol, no_type_check, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from gsa_jax.errors import InputError
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """A pytree that maps logits to tokens."""
 
@@ -34,6 +35,7 @@ class Greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
+@no_type_check  # a pytree also holds shapes
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["temperature", "top_p"], meta_fields=["top_k"])
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Categorical:

@@ -1,19 +1,21 @@
-"""How a model is spread over devices: the mesh, and which axis of it each array is cut along.
+"""How a model is spread over devices, as the host sees it: the mesh, and where each array lives.
 
-May be changed here: the axes of the mesh and what is laid along them. Three axes:
+May be changed here: what is laid along the axes of the mesh. Three axes:
 
     data     rows of the batch
     fsdp     rows of the batch, and one side of each matrix, which is gathered where it is used
     tensor   heads with their splats, and the width of the MLP
 
-Everything works without a mesh: then arrays are plain arrays, and the functions that model and op call do nothing.
+Everything works without a mesh: then arrays are plain arrays. What a program says about arrays on a mesh while it is
+compiled is `gsa_jax.ops.partition`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,18 +24,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from gsa_jax.config import MESH_AXES, GPTNeoConfig, MeshConfig
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
-
-R = TypeVar("R")
-
-BATCH = P(("data", "fsdp"))
-"""Of an array whose first axis is the rows of a batch."""
-
-ROWS_AND_HEADS = P(("data", "fsdp"), "tensor")
-TOKENS_AND_HEADS = P(("data", "fsdp"), None, "tensor")
-HEADS = P("tensor")
-"""Of arrays `[B, H, ...]`, `[B, T, H, ...]` and `[H, ...]`."""
+from gsa_jax.ops.partition import BATCH, MESH_AXES
 
 _SPECS = {
     r"\.(q_proj|k_proj|v_proj|c_fc)\.weight": P("tensor", "fsdp"),
@@ -46,10 +39,10 @@ _SPECS = {
 """Ends of Hugging Face's tensor names, with weights `[out, in]`; everything else is on every device."""
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh of all devices of all processes. Raises `InputError` if it does not fit them."""
-    sizes = config.sizes(jax.device_count())
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """The mesh of all devices of all processes, with axes of these sizes, whose product is the number of devices."""
+    axes = tuple(sizes[axis] for axis in MESH_AXES)
+    return jax.make_mesh(axes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def check_mesh(sizes: Mapping[str, int], config: GPTNeoConfig, rows: int) -> None:
@@ -135,38 +128,24 @@ def shard_batch(mesh: Mesh, local_batch: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, np.asarray(x)), local_batch)
 
 
-def keep_rows_apart(x: Array) -> Array:
-    """Inside of `jit` under `jax.set_mesh`: says that this array `[B, ...]` is cut along its rows and nowhere else.
-
-    Said of the hidden states between blocks, it makes the compiler gather a block's weights to where the rows are.
-    Left to itself, it gathers the rows to where the weights are, and adds up partial logits of the whole batch.
-    """
-    return jax.lax.with_sharding_constraint(x, BATCH) if _on_mesh() else x
-
-
-def keep_whole(x: Array) -> Array:
-    """Inside of `jit` under `jax.set_mesh`: says that every device has all of this array."""
-    return jax.lax.with_sharding_constraint(x, P()) if _on_mesh() else x
-
-
-def per_rows_and_heads(function: Callable[..., R], in_specs: Any, out_specs: Any) -> Callable[..., R]:
-    """Inside of `jit` under `jax.set_mesh`: runs a function on each device's own rows and heads.
-
-    Devices exchange nothing meanwhile. Left to itself, the compiler makes them agree on a branch, and adds up
-    gradients of what they share, at every step of a loop.
-    """
-    if not _on_mesh():
-        return function
-    # With `check_vma`, gradients of what is shared would be added up at each use of it, inside of loops.
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def _on_mesh() -> bool:
-    return set(MESH_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)
-
-
-def whole_on_host(array: Array) -> np.ndarray:
+def whole_on_host(array: Array | np.ndarray) -> np.ndarray:
     """All of an array in the memory of every process; all processes call this."""
-    if array.is_fully_addressable:
+    if isinstance(array, np.ndarray) or array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process has called this."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def same_path_everywhere(path: Path) -> Path:
+    """The path that process 0 gives; all processes call this."""
+    if jax.process_count() == 1:
+        return path
+    name = np.zeros(4096, np.uint8)
+    encoded = np.frombuffer(str(path.resolve()).encode(), np.uint8)
+    name[: len(encoded)] = encoded
+    return Path(bytes(np.asarray(multihost_utils.broadcast_one_to_all(name))).rstrip(b"\0").decode())

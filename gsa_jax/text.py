@@ -1,6 +1,6 @@
-"""Text files as windows of tokens that a model can be run on.
+"""Text files as rows of tokens that a model can be run on.
 
-May be changed here: what a document is, and how documents that are longer than a window are cut.
+May be changed here: what a document is, and how documents that are longer than a row are cut.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def document_tokens(
 
 
 @dataclasses.dataclass(frozen=True)
-class Windows:
+class TextRows:
     """Documents as rows of at most L tokens, padded on the right.
 
     A row holds tokens of one document only. Its first token is only there for the others to follow: the document's
@@ -113,29 +113,29 @@ class Windows:
     document: Int[np.ndarray, "N"]
 
 
-def token_windows(
+def text_rows(
     documents: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     config: GPTNeoConfig,
     context: int | None = None,
-) -> Windows:
-    """Cuts documents into windows of L = `context` tokens; all that the model has positions for by default.
+) -> TextRows:
+    """Cuts documents into rows of L = `context` tokens; all that the model has positions for by default.
 
     Raises:
         InputError: `context_length` or `document_tokens` finds something wrong.
     """
     context = context_length(config, context)
     start = start_token(config)
-    rows = document_tokens(documents, tokenizer, config)
-    counts = np.fromiter(map(len, rows), np.int64, len(rows)) - 1
-    tokens = np.fromiter(itertools.chain.from_iterable(rows), np.int64)
+    by_document = document_tokens(documents, tokenizer, config)
+    counts = np.fromiter(map(len, by_document), np.int64, len(by_document)) - 1
+    tokens = np.fromiter(itertools.chain.from_iterable(by_document), np.int64)
 
     stride = context - 1
     cuts = -(-counts // stride)
-    document = np.repeat(np.arange(len(rows)), cuts)
-    cut = np.arange(len(document)) - np.repeat(np.cumsum(cuts) - cuts, cuts)  # number of a window in its document
+    document = np.repeat(np.arange(len(by_document)), cuts)
+    cut = np.arange(len(document)) - np.repeat(np.cumsum(cuts) - cuts, cuts)  # number of a row in its document
     begins = (np.cumsum(counts + 1) - counts - 1)[document]
     column = np.arange(context)
     mask = (cut * stride)[:, None] + column <= counts[document, None]
     index = np.where(mask, (begins + cut * stride)[:, None] + column, 0)
-    return Windows(np.where(mask, tokens[index], start).astype(np.int32), mask, document)
+    return TextRows(np.where(mask, tokens[index], start).astype(np.int32), mask, document)

@@ -15,6 +15,23 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+ROOT = Path(__file__).parents[1]
+UNCHECKED = ("gsa_jax.cli", "gsa_jax.config", "gsa_jax.train.config")
+"""Dataclasses that check themselves, and say what is wrong in a line of their own."""
+
+
+def checked_modules() -> list[str]:
+    """Every module of the package but `UNCHECKED`."""
+    files = [*ROOT.glob("gsa_jax/**/*.py"), *ROOT.glob("convert/*.py"), *ROOT.glob("train/*.py")]
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+    names = [name if name.startswith("gsa_jax") else f"gsa_jax.{name}" for name in names]
+    # A name stands for everything below it as well.
+    packages = ("gsa_jax", "gsa_jax.train")
+    return [name for name in names if name not in packages and not name.startswith(UNCHECKED)]
+
+
+# Arguments and results are checked against their annotations, shapes included, in everything imported from here on.
+
 import gsa_jax
 from gsa_jax.cli import main
 from gsa_jax.convert import convert
@@ -70,7 +87,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def story_neo() -> Path:
     """The bundled model: a Hugging Face folder."""
-    return Path(gsa_jax.__file__).parent / "assets" / "story-neo"
+    return gsa_jax.assets.story_neo()
 
 
 @pytest.fixture(scope="session")

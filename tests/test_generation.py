@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hf_oracle import VOCAB, hf_model, ours, random_ids, relative_rms
 from transformers import GPTNeoForCausalLM as HFModel
 
 from gsa_jax import Categorical, GPTNeoForCausalLM, InputError, generate, generate_stream, load
+from gsa_jax.assets import story_neo
 from gsa_jax.generation import _decode, _prefill, _State
+from helpers.hf_oracle import VOCAB, hf_model, ours, random_ids, relative_rms
 
-STORY = Path(__file__).parent.parent / "gsa_jax" / "assets" / "story-neo"
+STORY = story_neo()
 
 
 def hf_greedy(model: HFModel, prompts: list[list[int]], new: int) -> np.ndarray:
@@ -147,7 +148,7 @@ def test_decoding_donates_its_cache(model: GPTNeoForCausalLM) -> None:
 @pytest.mark.slow
 @pytest.mark.parity
 def test_bfloat16_decodes_as_its_own_forward_pass() -> None:
-    reference = ours(hf_model(initializer_range=0.1), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    reference = ours(hf_model(initializer_range=0.1), dtype="bfloat16", param_dtype=jnp.bfloat16)
     ids = random_ids(1, 1, 30)
     expected = np.asarray(reference(ids))
     logits, cache = reference.prefill(ids[:, :16], np.ones((1, 16), bool), 30)

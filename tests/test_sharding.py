@@ -1,5 +1,6 @@
 """Eight simulated devices compute what one does, each holds its part, and the memory report says how large it is."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import optax
 import pytest
 
 from gsa_jax import GPTNeoConfig, InputError, SplatConfig
-from gsa_jax.checkpoint import build_model, expected_shapes
-from gsa_jax.config import MESH_AXES, MeshConfig
+from gsa_jax.ops.partition import MESH_AXES
+from gsa_jax.parameters import build_model, expected_shapes
 from gsa_jax.sharding import batch_share, check_mesh
+from gsa_jax.train.config import MeshConfig
 from gsa_jax.train.memory import memory_reports
 from gsa_jax.train.objectives import cross_entropy
 
@@ -39,7 +41,7 @@ EMBEDDING = {"fsdp": [53, 4], "tensor": [53, 32], "mixed": [53, 16]}
 @pytest.fixture(scope="module")
 def found() -> dict:
     """What `eight_devices.py` measures."""
-    program = Path(__file__).with_name("eight_devices.py")
+    program = Path(__file__).parent / "helpers" / "eight_devices.py"
     run = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout)
@@ -96,7 +98,7 @@ def small(num_layers: int = 3) -> GPTNeoConfig:
 def report(config: GPTNeoConfig, **options):
     settings = {"rows": 4, "remat": False, "mesh": {"data": 1, "fsdp": 1, "tensor": 1}, **options}
     mesh, remat = settings.pop("mesh"), settings["remat"]
-    objective = cross_entropy(lambda params: build_model(config, params, remat=remat))
+    objective = cross_entropy(lambda params: build_model(dataclasses.replace(config, remat=remat), params))
     (found,) = memory_reports(config, objective, optax.adamw(1e-3), [mesh], context=128, dtype=jnp.float32, **settings)
     return found
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from gsa_jax import GPTNeoConfig, InputError, load_tokenizer
 from gsa_jax.config import read_config
-from gsa_jax.text import DOCUMENT_SEPARATOR, read_documents, token_windows
+from gsa_jax.text import DOCUMENT_SEPARATOR, read_documents, text_rows
+from helpers.texts import STORIES
 
-STORIES = Path(__file__).parent / "data" / "stories.txt"
 VOCAB, START = 50, 7
 
 
@@ -42,7 +42,7 @@ def config(**changes) -> GPTNeoConfig:
 )
 @settings(deadline=None, max_examples=200)
 def test_each_token_is_predicted_once(documents: list[list[int]], context: int) -> None:
-    windows = token_windows([" ".join(map(str, tokens)) for tokens in documents], Numbers(), config(), context)
+    windows = text_rows([" ".join(map(str, tokens)) for tokens in documents], Numbers(), config(), context)
     assert windows.input_ids.shape == windows.attention_mask.shape == (len(windows.document), context)
     assert windows.input_ids.dtype == np.int32 and windows.attention_mask.dtype == bool
     predicted: list[list[int]] = [[] for _ in documents]
@@ -60,14 +60,14 @@ def test_each_token_is_predicted_once(documents: list[list[int]], context: int) 
 def test_the_bundled_model_reads_the_stories(story_neo: Path) -> None:
     """The oracle is the text: decoded windows are the documents again."""
     documents, tokenizer = read_documents(STORIES), load_tokenizer(story_neo)
-    windows = token_windows(documents, tokenizer, read_config(story_neo / "config.json"))
+    windows = text_rows(documents, tokenizer, read_config(story_neo / "config.json"))
     assert windows.input_ids.shape == (len(documents), 512) and len(documents) == 3
     for ids, mask, document in zip(windows.input_ids, windows.attention_mask, documents, strict=True):
         assert tokenizer.decode(ids[mask]) == DOCUMENT_SEPARATOR + document
 
 
 def test_the_end_token_starts_documents_where_there_is_no_other() -> None:
-    assert token_windows(["1 2"], Numbers(), config(bos_token_id=None), 4).input_ids.tolist() == [[3, 1, 2, 3]]
+    assert text_rows(["1 2"], Numbers(), config(bos_token_id=None), 4).input_ids.tolist() == [[3, 1, 2, 3]]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_the_end_token_starts_documents_where_there_is_no_other() -> None:
 )
 def test_what_cannot_be_cut_is_refused(documents, changes, context, message) -> None:
     with pytest.raises(InputError, match=message):
-        token_windows(documents, Numbers(), config(**changes), context)
+        text_rows(documents, Numbers(), config(**changes), context)
 
 
 def test_documents_are_what_separators_leave(tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
-from gsa_jax.checkpoint import shape_problems
 from gsa_jax.errors import InputError, first_line
 from gsa_jax.files import is_disk_full
+from gsa_jax.parameters import shape_problems
 
 _SHOWN_MISFITS = 10
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import tyro
 
-from gsa_jax.config import GPTNeoConfig, MeshConfig
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 
 
@@ -44,6 +44,41 @@ class OptimizerConfig:
     """Parts that a step's rows are computed in, one after another, for less memory."""
     ema_decay: float | None = None
     """Decay per step of a moving average of the parameters, which becomes the result."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many ways each axis of `gsa_jax.sharding` cuts; their product is the number of devices."""
+
+    data: int | None = None
+    """Groups of devices that have all parameters; by default as many as there are devices for."""
+    fsdp: int = 1
+    """Devices that share one copy of the parameters and have different rows of the batch."""
+    tensor: int = 1
+    """Devices that share the heads and the MLP of the same rows."""
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """The size of each axis on so many devices.
+
+        Raises:
+            InputError: a size is below 1, or their product is not the number of devices.
+        """
+        for axis, size in dataclasses.asdict(self).items():
+            if size is not None and size < 1:
+                raise InputError(f"mesh {axis} = {size}: must be >= 1")
+        fixed = self.fsdp * self.tensor
+        if self.data is None and devices % fixed:
+            raise InputError(
+                f"mesh fsdp x tensor = {self.fsdp} x {self.tensor} = {fixed} does not divide the {devices} devices; "
+                "change one of them"
+            )
+        data = devices // fixed if self.data is None else self.data
+        if data * fixed != devices:
+            raise InputError(
+                f"mesh data x fsdp x tensor = {data} x {self.fsdp} x {self.tensor} = {data * fixed}, but there are "
+                f"{devices} devices; leave data out to use all of them"
+            )
+        return {"data": data, "fsdp": self.fsdp, "tensor": self.tensor}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,15 +169,8 @@ class Pretrain(TrainConfig):
 class Distill(TrainConfig, _FromCheckpoint):
     """Train a checkpoint's splats, and nothing else, against the exact model with the same weights."""
 
-    objective: Literal["output", "attention", "logits"] = "logits"
-    """What is compared: each layer's output of attention, its attention weights, or the model's predictions."""
-    splats_only_steps: int = 0
-    """First steps, which train with a window of 0."""
-
-    def check(self) -> None:
-        super().check()
-        if not 0 <= self.splats_only_steps <= self.steps:
-            raise InputError(f"splats_only_steps = {self.splats_only_steps}: must be >= 0 and at most {self.steps}")
+    objective: Literal["output", "logits"] = "logits"
+    """What is compared: each layer's output of attention, or the model's predictions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import jax
 
 from gsa_jax.config import GPTNeoConfig
-from gsa_jax.evaluation import cross_entropy, make_arms, score_arms
-from gsa_jax.text import read_documents, token_windows
+from gsa_jax.evaluation.arms import make_arms
+from gsa_jax.evaluation.perplexity import cross_entropy, score_arms
+from gsa_jax.text import read_documents, text_rows
 from gsa_jax.train.config import TrainConfig
 from gsa_jax.train.metrics import Record
 
@@ -35,25 +36,25 @@ class Evaluator:
         self._text = config.eval_text
         if self._text is not None:
             self._documents = read_documents(self._text)[: config.eval_documents or None]
-            self._windows = token_windows(self._documents, tokenizer, model, context)
+            self._rows = text_rows(self._documents, tokenizer, model, context)
 
     def record(self, step: int, tensors: Mapping[str, jax.Array]) -> Record | None:
         """Cross-entropies, ratios of perplexity to exact, and the gap closed; None without a text.
 
-        A model that nothing goes through splats in has one arm, `exact`.
+        A model without splats, or with a window of all tokens, has one arm, `exact`.
         """
         if self._text is None:
             return None
         record: Record = {"kind": "eval", "step": step, "documents": len(self._documents)}
         splats = self._model.splats
-        if splats is None or splats.num_splats == 0 or splats.window is None:
-            tokens = int(self._windows.attention_mask[:, 1:].sum())
+        if splats is None or splats.num_splats == 0 or splats.window == "all":
+            tokens = int(self._rows.attention_mask[:, 1:].sum())
             return record | {
                 "tokens": tokens,
-                "cross_entropy/exact": cross_entropy((self._model, tensors), self._windows),
+                "cross_entropy/exact": cross_entropy((self._model, tensors), self._rows),
             }
         arms = make_arms(self._model, tensors)
-        evaluation = score_arms(arms, self._documents, self._windows, checkpoint="", text=str(self._text))
+        evaluation = score_arms(arms, self._documents, self._rows, checkpoint="", text=str(self._text))
         record["tokens"] = evaluation.tokens
         for arm in evaluation.arms:
             record[f"cross_entropy/{arm.name}"] = arm.cross_entropy.value

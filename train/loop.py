@@ -34,18 +34,18 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gsa_jax.checkpoint import load_tokenizer
+from gsa_jax.checkpoint import load_tokenizer, save, tokenizer_files
 from gsa_jax.errors import InputError
 from gsa_jax.sharding import batch_share, check_mesh, make_mesh, shard_batch, shard_tensors, shardings
 from gsa_jax.text import context_length
-from gsa_jax.train.checkpoints import RunCheckpoints
+from gsa_jax.train.checkpoints import Restored, RunCheckpoints
 from gsa_jax.train.config import TrainConfig
 from gsa_jax.train.data import row_batches
 from gsa_jax.train.evaluator import Evaluator
 from gsa_jax.train.metrics import MetricsLog, Record
 from gsa_jax.train.optimizer import make_optimizer
 from gsa_jax.train.recipes import Start, prepare, random_tensors
-from gsa_jax.train.run_folder import MODEL_FOLDER, STEPS_FOLDER, open_run, write_model
+from gsa_jax.train.run_folder import MODEL_FOLDER, STEPS_FOLDER, open_run
 from gsa_jax.train.step import State, init_state, make_step
 
 _TIMED_STEPS = 20
@@ -108,9 +108,10 @@ def train(config: TrainConfig, *, report: Callable[[Record], None] = lambda reco
         if jax.process_index() == 0:
             log = stack.enter_context(MetricsLog(config.out, after=run.step or -1, tensorboard=config.tensorboard))
         finished = run.advance(log, evaluator, should_stop)
-        if finished:
-            write_model(config.out / MODEL_FOLDER, start.model, start.tokenizer, run.parameters())
-    return Outcome(run.step, "finished" if finished else "stopped", config.out / MODEL_FOLDER)
+        out = config.out / MODEL_FOLDER
+        if finished and not out.exists():
+            save(out, start.model, run.parameters(), copied=tokenizer_files(start.tokenizer))
+    return Outcome(run.step, "finished" if finished else "stopped", out)
 
 
 class _Run:
@@ -136,26 +137,18 @@ class _Run:
         self._resolved = resolved
         self._report = report
         self._optimizer = make_optimizer(config.optimizer, config.steps)
-        self._compiled: dict[int, Callable[..., tuple[State, dict[str, jax.Array]]]] = {}
         self.step = 0
 
     def restore_or_begin(self) -> None:
         """Parameters and optimiser, from the newest checkpoint or the start."""
-        start = self._start
-        begin = functools.partial(init_state, optimizer=self._optimizer, ema_decay=self._config.optimizer.ema_decay)
-        shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in start.shapes.items()}
-        abstract = jax.eval_shape(begin, {name: shape for name, shape in shapes.items() if start.is_trained(name)})
-        where = None
-        if self._mesh is not None:
-            where = shardings(self._mesh, abstract)
-            abstract = jax.tree.map(
-                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, where
-            )
+        config, start = self._config, self._start
+        begin = functools.partial(init_state, optimizer=self._optimizer, ema_decay=config.optimizer.ema_decay)
+        where, abstract = self._abstract_state(begin)
         restored = self._checkpoints.restore(abstract)
         needed = set(start.shapes)
         if restored is not None and not start.has_teacher:
             needed = {name for name in needed if not start.is_trained(name)}
-        tensors = _tensors(self._config, start, self._mesh, needed)
+        tensors = _tensors(config, start, self._mesh, needed)
         trained = {name: tensor for name, tensor in tensors.items() if start.is_trained(name)}
         self._frozen = {name: tensor for name, tensor in tensors.items() if name not in trained}
         self._teacher = self._frozen
@@ -164,10 +157,30 @@ class _Run:
             self._teacher = {**self._frozen, **jax.tree.map(jnp.copy, trained)}
         if restored is None:
             self.state: State = jax.jit(begin, out_shardings=where, donate_argnums=0)(trained)
-            return
-        for line in restored.passed_over:
+        else:
+            self._go_on_from(restored)
+        step = make_step(
+            start.objective,
+            self._optimizer,
+            accumulate=config.optimizer.accumulate,
+            ema_decay=config.optimizer.ema_decay,
+        )
+        whole = None if self._mesh is None else NamedSharding(self._mesh, P())
+        self._make_step = jax.jit(step, donate_argnums=0, out_shardings=None if whole is None else (where, whole))
+
+    def _abstract_state(self, begin: Callable[..., State]) -> tuple[Any, Any]:
+        """Where each array of the state lives, and its shape with that; None without a mesh."""
+        start = self._start
+        shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in start.shapes.items()}
+        abstract = jax.eval_shape(begin, {name: shape for name, shape in shapes.items() if start.is_trained(name)})
+        if self._mesh is None:
+            return None, abstract
+        where = shardings(self._mesh, abstract)
+        return where, jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), abstract, where)
+
+    def _go_on_from(self, restored: Restored) -> None:
+        for line in (*restored.passed_over, f"going on from step {restored.step}"):
             self._report({"kind": "note", "text": line})
-        self._report({"kind": "note", "text": f"going on from step {restored.step}"})
         self.state, self.step = restored.state, restored.step
         self._data.set_state(restored.data)
 
@@ -196,7 +209,7 @@ class _Run:
             if self._mesh is not None:
                 batch, on_mesh = shard_batch(self._mesh, batch), jax.set_mesh(self._mesh)
             with on_mesh:
-                self.state, metrics = self._step_function()(self.state, self._frozen, self._teacher, batch)
+                self.state, metrics = self._make_step(self.state, self._frozen, self._teacher, batch)
             self.step += 1
             if pending is not None:  # one step late, so that the devices always have work
                 write(self._train_record(*pending, speed))
@@ -220,20 +233,6 @@ class _Run:
     def parameters(self) -> dict[str, jax.Array]:
         """All parameters as they would be used: the moving average, where one is kept."""
         return {**self._frozen, **self.state.get("ema", self.state["params"])}
-
-    def _step_function(self) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-        phase = next(number for number, phase in enumerate(self._start.phases) if self.step < phase.until)
-        if phase not in self._compiled:
-            optimizer = self._config.optimizer
-            step = make_step(
-                self._start.phases[phase].objective,
-                self._optimizer,
-                accumulate=optimizer.accumulate,
-                ema_decay=optimizer.ema_decay,
-            )
-            where = None if self._mesh is None else (shardings(self._mesh, self.state), NamedSharding(self._mesh, P()))
-            self._compiled[phase] = jax.jit(step, donate_argnums=0, out_shardings=where)
-        return self._compiled[phase]
 
     def _train_record(self, step: int, metrics: dict[str, jax.Array], speed: _Speed) -> Record:
         values = {name: float(value) for name, value in metrics.items()}
@@ -278,7 +277,7 @@ def _mesh(config: TrainConfig, start: Start) -> Mesh | None:
     """The mesh of all devices; None on one device, where plain arrays do."""
     sizes = config.mesh.sizes(jax.device_count())
     check_mesh(sizes, start.model, config.batch_size // config.optimizer.accumulate)
-    return None if jax.device_count() == 1 else make_mesh(config.mesh)
+    return None if jax.device_count() == 1 else make_mesh(sizes)
 
 
 def _tensors(config: TrainConfig, start: Start, mesh: Mesh | None, names: set[str]) -> dict[str, jax.Array]:

@@ -18,10 +18,11 @@ from flax import nnx
 from jax.extend import core
 from jax.sharding import AbstractMesh, NamedSharding
 
-from gsa_jax.checkpoint import expected_shapes
-from gsa_jax.config import GPTNeoConfig, MeshConfig
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.model import GPTNeoBlock
+from gsa_jax.parameters import expected_shapes
 from gsa_jax.sharding import check_mesh, shardings
+from gsa_jax.train.config import MeshConfig
 from gsa_jax.train.objectives import Objective
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -184,13 +185,13 @@ def _block_residuals(
     layers = {(window, layer in config.splat_layers): layer for layer, window in enumerate(config.windows)}
 
     def of_layer(layer: int) -> list[jax.ShapeDtypeStruct]:
-        def make() -> GPTNeoBlock:
-            return GPTNeoBlock(config, layer, dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+        computing = dataclasses.replace(config, dtype=jnp.dtype(dtype).name)
+        graphdef, params = nnx.split(nnx.eval_shape(lambda: GPTNeoBlock(computing, layer, rngs=nnx.Rngs(0))))
 
-        graphdef, params = nnx.split(nnx.eval_shape(make))
+        def run(params: Any, hidden_states: jax.Array, segment_ids: jax.Array) -> Any:
+            def block(params: Any, hidden_states: jax.Array) -> jax.Array:
+                return nnx.merge(graphdef, params)(hidden_states, segment_ids > 0, segment_ids)[0]
 
-        def run(params: Any, hidden_states: jax.Array, mask: jax.Array) -> Any:
-            block = lambda params, hidden_states: nnx.merge(graphdef, params)(hidden_states, mask)  # noqa: E731
             return jax.vjp(block, params, hidden_states)[1]
 
         hidden_states = jax.ShapeDtypeStruct((1, context, config.hidden_size), dtype)

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.attention import GPTNeoSelfAttention, GSASelfAttention
-from gsa_jax.model import GPTNeoForCausalLM, positions_from_mask
-from gsa_jax.ops.splat_state import key_features, query_features
-from gsa_jax.train.loss import mean_next_token_loss, mean_predicted
+from gsa_jax.attention import GPTNeoSelfAttention
+from gsa_jax.loss import mean_next_token_loss, mean_predicted
+from gsa_jax.model import GPTNeoForCausalLM
+from gsa_jax.ops.segments import positions_from_mask
 
 Tensors = Mapping[str, jax.Array]
 Batch = Mapping[str, Int[Array, "B T"]]
@@ -62,11 +62,9 @@ def output_error(student: Build, teacher: Build) -> Objective:
 
     def objective(params: Tensors, teacher_params: Tensors, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         errors = {}
-        for layer, exact, student_attention, hidden_states, mask in _layers(
-            student(params), teacher(teacher_params), batch
-        ):
-            counted = (mask > 0)[..., None]
-            output = student_attention(hidden_states, mask)
+        counted = (batch["segment_ids"] > 0)[..., None]
+        for layer, exact, attention, hidden_states in _layers(student(params), teacher(teacher_params), batch):
+            output, _ = attention(hidden_states, *_masks(batch))
             error = jnp.sum(jnp.where(counted, (output - exact) ** 2, 0).astype(jnp.float32))
             errors[f"error_{layer}"] = error / jnp.sum(jnp.where(counted, exact**2, 0).astype(jnp.float32))
         return sum(errors.values(), jnp.zeros(())) / len(errors), errors
@@ -74,56 +72,20 @@ def output_error(student: Build, teacher: Build) -> Objective:
     return objective
 
 
-def attention_divergence(student: Build, teacher: Build) -> Objective:
-    """KL(exact attention || attention through splats), mean over queries, heads and the layers with splats.
-
-    Dense, O(T^2 S): for comparison with `output_error`, which needs no attention weights.
-    """
-
-    def objective(params: Tensors, teacher_params: Tensors, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        divergences = {}
-        exact_model = teacher(teacher_params)
-        for layer, _, student_attention, hidden_states, mask in _layers(student(params), exact_model, batch):
-            assert isinstance(student_attention, GSASelfAttention) and student_attention.window is not None
-            query, key, _ = (x.swapaxes(1, 2).astype(jnp.float32) for x in student_attention.project(hidden_states))
-            splats, window = student_attention.splats, student_attention.window
-            distance = jnp.arange(mask.shape[1])[:, None] - jnp.arange(mask.shape[1])
-            # The exact model's local layers see less than all.
-            reached = distance < (exact_model.config.windows[layer] or mask.shape[1])
-
-            @jax.checkpoint
-            def row_divergences(
-                of_row: tuple[jax.Array, ...], splats=splats, window=window, distance=distance, reached=reached
-            ):
-                query, key, mask = of_row
-                far_query = query_features(splats, query[None])[0]
-                far_key = key_features(splats, key[None], (mask > 0)[None])[0]
-                near = jnp.einsum("htd,hkd->htk", query, key, precision=jax.lax.Precision.HIGHEST)
-                far = jax.nn.logsumexp(far_query[:, :, None, :] + far_key[:, None, :, :], axis=-1)
-                seen = (distance >= 0) & (mask == mask[:, None]) & (mask > 0)
-                seen_exactly = seen & reached
-                exact = jax.nn.log_softmax(near, where=seen_exactly)
-                found = jax.nn.log_softmax(jnp.where(distance < window, near, far), where=seen)
-                return jnp.sum(jnp.where(seen_exactly, jnp.exp(exact) * (exact - found), 0), axis=(0, 2)) / len(query)
-
-            rows = jax.lax.map(row_divergences, (query, key, mask))
-            divergences[f"error_{layer}"] = jnp.sum(rows) / jnp.sum(mask > 0)
-        return sum(divergences.values(), jnp.zeros(())) / len(divergences), divergences
-
-    return objective
+def _masks(batch: Batch) -> tuple[Bool[Array, "B T"], Int[Array, "B T"]]:
+    return batch["segment_ids"] > 0, batch["segment_ids"]
 
 
 def _layers(
     student: GPTNeoForCausalLM, teacher: GPTNeoForCausalLM, batch: Batch
-) -> Iterator[tuple[int, jax.Array, GPTNeoSelfAttention, jax.Array, jax.Array]]:
-    """Layers that have splats: number, exact output, the student's attention, and both's input and mask."""
-    mask = batch["segment_ids"]
-    positions = positions_from_mask(mask)
-    hidden_states = teacher.transformer.wte(batch["input_ids"]) + teacher.transformer.wpe(positions)
+) -> Iterator[tuple[int, jax.Array, GPTNeoSelfAttention, jax.Array]]:
+    """Layers that have splats: number, exact output, the student's attention, and the input of both."""
+    masks = _masks(batch)
+    hidden_states = teacher.transformer.embed(batch["input_ids"], positions_from_mask(*masks))
     for layer in range(student.config.splat_layers[-1] + 1):
         block = teacher.transformer.h[layer]
         normed = block.ln_1(hidden_states)
-        exact = block.attn.attention(normed, mask)
+        exact, _ = block.attn.attention(normed, *masks)
         if layer in student.config.splat_layers:
-            yield layer, exact, student.transformer.h[layer].attn.attention, normed, mask
+            yield layer, exact, student.transformer.h[layer].attn.attention, normed
         hidden_states = block.finish(hidden_states, exact)

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Mapping
 import jax
 import optax
 
+from gsa_jax.parameters import is_splat
 from gsa_jax.train.config import OptimizerConfig
 
 
@@ -45,6 +46,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 def _groups(params: Mapping[str, jax.Array]) -> dict[str, str]:
     return {
-        name: "splats" if ".splat_" in name else "matrices" if array.ndim > 1 else "vectors"
+        name: "splats" if is_splat(name) else "matrices" if array.ndim > 1 else "vectors"
         for name, array in params.items()
     }

@@ -16,32 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gsa_jax.checkpoint import build_model, expected_shapes, load_tensors, named_parameters
+from gsa_jax.checkpoint import load_tensors
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.model import GPTNeoForCausalLM
-from gsa_jax.positions import extend_positions
+from gsa_jax.parameters import build_model, expected_shapes, extend_positions, is_splat, named_parameters
 from gsa_jax.sharding import check_mesh
 from gsa_jax.text import context_length
 from gsa_jax.train.config import MODELS, Distill, Finetune, Pretrain, TrainConfig
 from gsa_jax.train.memory import MemoryReport, memory_reports
-from gsa_jax.train.objectives import (
-    Build,
-    Objective,
-    attention_divergence,
-    cross_entropy,
-    output_error,
-    prediction_divergence,
-)
+from gsa_jax.train.objectives import Build, Objective, cross_entropy, output_error, prediction_divergence
 from gsa_jax.train.optimizer import make_optimizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """An objective, and the step before which it is minimised."""
-
-    until: int
-    objective: Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +40,7 @@ class Start:
         is_trained: by a parameter's name.
         has_teacher: whether the objective needs a copy of the parameters at the start. An objective that compares with
             the parameters that stay as they are does not.
-        phases: one after another; the last one ends with the run.
+        objective: what is minimised.
         tokenizer: folder that has it.
     """
 
@@ -64,7 +49,7 @@ class Start:
     tensors: Mapping[str, np.ndarray] | None
     is_trained: Callable[[str], bool]
     has_teacher: bool
-    phases: tuple[Phase, ...]
+    objective: Objective
     tokenizer: Path
 
 
@@ -99,7 +84,7 @@ def memory_of_step(config: TrainConfig, meshes: list[dict[str, int]]) -> list[Me
     shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in start.shapes.items()}
     return memory_reports(
         start.model,
-        start.phases[-1].objective,
+        start.objective,
         make_optimizer(config.optimizer, config.steps),
         fitting,
         rows=config.batch_size,
@@ -126,7 +111,7 @@ def _pretrain(config: Pretrain) -> Start:
         tensors=None,
         is_trained=lambda name: True,
         has_teacher=False,
-        phases=(Phase(config.steps, cross_entropy(_build(config, model))),),
+        objective=cross_entropy(_build(config, model)),
         tokenizer=config.tokenizer,
     )
 
@@ -135,19 +120,14 @@ def _distill(config: Distill) -> Start:
     model, tensors = load_tensors(config.checkpoint)
     _require_splats(config.checkpoint, model)
     exact = dataclasses.replace(model, splats=None)
-    make = {"output": output_error, "attention": attention_divergence, "logits": prediction_divergence}
-    phases = []
-    for until, window in ((config.splats_only_steps, 0), (config.steps, model.windows[model.splat_layers[0]])):
-        objective = make[config.objective](_build(config, model.with_window(window)), _build(config, exact))
-        if until:
-            phases.append(Phase(until, objective))
+    make = {"output": output_error, "logits": prediction_divergence}[config.objective]
     return Start(
         model=model,
         shapes=expected_shapes(model),
         tensors=tensors,
-        is_trained=lambda name: ".splat_" in name,
+        is_trained=is_splat,
         has_teacher=False,
-        phases=tuple(phases),
+        objective=make(_build(config, model), _build(config, exact)),
         tokenizer=config.checkpoint,
     )
 
@@ -171,18 +151,18 @@ def _finetune(config: Finetune) -> Start:
         tensors={name: np.asarray(tensor) for name, tensor in tensors.items()},
         is_trained=lambda name: trained in name,
         has_teacher=bool(config.teacher_weight),
-        phases=(Phase(config.steps, objective),),
+        objective=objective,
         tokenizer=config.checkpoint,
     )
 
 
 def _build(config: TrainConfig, model: GPTNeoConfig) -> Build:
     """Makes the model of its parameters; parameters that it does not have are left out."""
+    model = dataclasses.replace(model, dtype=config.dtype, remat=config.remat)
     names = expected_shapes(model)
 
     def build(params: Mapping[str, jax.Array]) -> GPTNeoForCausalLM:
-        own = {name: params[name] for name in names}
-        return build_model(model, own, dtype=jnp.dtype(config.dtype), remat=config.remat)
+        return build_model(model, {name: params[name] for name in names})
 
     return build
 
@@ -190,5 +170,5 @@ def _build(config: TrainConfig, model: GPTNeoConfig) -> Build:
 def _require_splats(checkpoint: Path, model: GPTNeoConfig) -> None:
     if model.splats is None or model.splats.num_splats == 0:
         raise InputError(f"{checkpoint}: has no splats to train; attach and fit them first: gsa fit-init")
-    if model.splats.window is None:
-        raise InputError(f"{checkpoint}: its window is infinite, so its splats are unused; fit it with --window W")
+    if model.splats.window == "all":
+        raise InputError(f"{checkpoint}: its window is all tokens, so its splats are unused; fit it with --window W")

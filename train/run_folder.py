@@ -1,14 +1,12 @@
-"""The folder of a run: its configuration, which a restart must repeat, and the model that it ends with.
+"""The folder of a run, and its configuration, which a restart must repeat.
 
 May be changed here: the layout of the folder, and which settings a run may go on with that it was not begun with.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gsa_jax.checkpoint import TOKENIZER_FILES, save_tensors
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
-from gsa_jax.files import new_folder
-from gsa_jax.sharding import whole_on_host
 from gsa_jax.train.config import TrainConfig
 
 RUN_FILE = "run.json"
@@ -94,34 +89,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def write_model(out: Path, model: GPTNeoConfig, tokenizer: Path, tensors: Mapping[str, jax.Array]) -> None:
-    """Writes the result of a run as a checkpoint folder, if it is not there already; all processes call this.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    if not out.exists():
-        whole = {name: whole_on_host(tensor) for name, tensor in tensors.items()}
-        needed = sum(tensor.nbytes for tensor in whole.values())
-        first = jax.process_index() == 0
-        with new_folder(out, needed_bytes=needed) if first else contextlib.nullcontext(out) as staging:
-            staging = _agreed(staging)
-            if first:
-                for name in TOKENIZER_FILES:
-                    if (tokenizer / name).is_file():
-                        shutil.copyfile(tokenizer / name, staging / name)
-            save_tensors(staging, model, whole)
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("model written")
-
-
-def _agreed(path: Path) -> Path:
-    """Process 0's path."""
-    if jax.process_count() == 1:
-        return path
-    name = np.zeros(4096, np.uint8)
-    encoded = np.frombuffer(str(path.resolve()).encode(), np.uint8)
-    name[: len(encoded)] = encoded
-    return Path(bytes(np.asarray(multihost_utils.broadcast_one_to_all(name))).rstrip(b"\0").decode())

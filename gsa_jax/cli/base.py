@@ -48,11 +48,8 @@ class SplatCommand(Command):
     def splat_config(self, default: SplatConfig | None) -> SplatConfig | None:
         """The preset or else the default, with what the other options say; None if nothing is given at all."""
         base = default if self.preset is None else SPLAT_PRESETS[self.preset]
-        given: dict[str, Any] = {
-            name: getattr(self, name) for name in ("num_splats", "layers") if getattr(self, name) is not None
-        }
-        if self.window is not None:
-            given["window"] = None if self.window == "all" else self.window
+        options = ("num_splats", "window", "layers")
+        given: dict[str, Any] = {name: getattr(self, name) for name in options if getattr(self, name) is not None}
         given |= dict.fromkeys(self.terms, True)
         if base is not None:
             return dataclasses.replace(base, **given)

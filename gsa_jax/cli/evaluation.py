@@ -18,9 +18,9 @@ from gsa_jax.cli.base import Command, print_table, progress
 from gsa_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from gsa_jax.evaluation import Evaluation
-    from gsa_jax.passkey import Passkey
-    from gsa_jax.scores import Estimate
+    from gsa_jax.evaluation.intervals import Estimate
+    from gsa_jax.evaluation.passkey import Passkey
+    from gsa_jax.evaluation.perplexity import Evaluation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,10 @@ class Eval(Command):
     """UTF-8 file of documents that the model has not been trained on."""
     task: Literal["perplexity", "passkey"] = "perplexity"
     """Predict the text; or find a number hidden in it, at 1, 2, 4 and 8 times the training length."""
-    window: int | None = None
-    """Tokens that splat layers see exactly; 0 for splats alone. By default the checkpoint's."""
+    window: int | Literal["all"] | None = None
+    """Tokens that splat layers see exactly: a number, or 0 for splats alone. By default the checkpoint's."""
     context: int | None = None
-    """Tokens of a window of text, by default all that the model has positions for; in passkey, the training length, by
+    """Tokens of a row of text, by default all that the model has positions for; in passkey, the training length, by
     default all that the checkpoint has positions for."""
     max_documents: int | None = None
     """Use the first so many documents."""
@@ -52,9 +52,9 @@ class Eval(Command):
     """File to make with all numbers."""
 
     def run(self) -> int:
-        from gsa_jax.evaluation import evaluate
+        from gsa_jax.evaluation import evaluate, evaluate_passkey
+        from gsa_jax.evaluation.passkey import Passkey
         from gsa_jax.files import new_file
-        from gsa_jax.passkey import Passkey, evaluate_passkey
 
         options = self._options()
         with new_file(self.json) if self.json else contextlib.nullcontext() as staging:
@@ -97,7 +97,7 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     )
     names = [arm.name for arm in evaluation.arms]
     print_table(
-        "perplexity (exact) and ratios to it, by position in the window of text",
+        "perplexity (exact) and ratios to it, by position in the row of text",
         ["positions", "tokens", *names],
         [
             [

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -33,7 +34,7 @@ class FitInit(SplatCommand):
         from gsa_jax.checkpoint import CONFIG_FILE
         from gsa_jax.config import read_config
         from gsa_jax.files import refuse_existing
-        from gsa_jax.fit_init import default_splats, fit_init
+        from gsa_jax.fitting.placing import default_splats, fit_init
 
         started = time.perf_counter()
         refuse_existing(self.out)
@@ -75,14 +76,14 @@ class Diagnose(Command):
     """Checkpoint folder."""
     text: Path
     """UTF-8 file of documents to measure on."""
-    window: int | None = None
+    window: int | Literal["all"] | None = None
     """Tokens seen exactly; as the checkpoint says by default."""
     json: Path | None = None
     """File to make with all numbers."""
 
     def run(self) -> int:
-        from gsa_jax.diagnostics import diagnose
         from gsa_jax.files import new_file
+        from gsa_jax.fitting import diagnose
 
         with status("measuring"), new_file(self.json) if self.json else contextlib.nullcontext() as staging:
             diagnostics = diagnose(self.checkpoint, self.text, window=self.window)

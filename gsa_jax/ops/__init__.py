@@ -6,9 +6,18 @@ Letters used in shapes throughout the project:
     E hidden_size   F width of the MLP   V vocabulary   W window in tokens
 """
 
-from gsa_jax.ops.dispatcher import splat_attention
+from gsa_jax.ops.api import Window, splat_attention
 from gsa_jax.ops.linear import linear
 from gsa_jax.ops.softmax import causal_attention
-from gsa_jax.ops.splat_state import Splats, SplatState, init_splat_state, no_splats
+from gsa_jax.ops.state import Splats, SplatState, init_splat_state, no_splats
 
-__all__ = ["SplatState", "Splats", "causal_attention", "init_splat_state", "linear", "no_splats", "splat_attention"]
+__all__ = [
+    "SplatState",
+    "Splats",
+    "Window",
+    "causal_attention",
+    "init_splat_state",
+    "linear",
+    "no_splats",
+    "splat_attention",
+]

@@ -1,27 +1,32 @@
 """Attention through splats in linear time, many tokens at once: training and prefill.
 
 May be changed here: how a chunk is computed. A chunk maps (state, tokens) to (state, outputs); a scan does the rest.
+`_factors` and `_chunk` are of one head of one row; what all heads and rows decide together stands between them.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.ops.documents import Runs, numbers_documents, runs, visible_keys
-from gsa_jax.ops.splat_state import (
+from gsa_jax.ops.segments import Reached, reached_by, visible
+from gsa_jax.ops.state import (
     FLOOR,
+    STATE_HEADS,
+    STATE_ROWS,
     Splats,
     SplatState,
-    add_to_sums,
     append_to_window,
-    heads_first,
+    compensated,
     key_features,
     query_features,
-    roll_window,
+    without_padding,
 )
+from gsa_jax.ops.steep import STEEP, level_weights, steep_weights
 
 _CHUNK = 64
 """Least tokens per chunk by default. A wider window takes chunks of its own width, or the window's keys, which each
@@ -29,11 +34,22 @@ chunk reads, would outweigh the chunk's."""
 
 _MAX_CHUNK = 256
 
-_STEEP = 40.0
-"""How far a feature may rise over a maximum that factors are relative to: exp(40) times exp(40) fits in float32."""
 
-_BASE = 4
-"""Tokens whose scores through the splats are summed pair by pair, without factors."""
+class Factors(NamedTuple):
+    """Log features of queries and of the keys that leave the window, relative to a base.
+
+    The base of a document is a maximum that all of its tokens in the chunk have seen: that of the keys before the
+    chunk, or else the feature of the document's first key.
+
+    Attributes:
+        read: a query's log features plus the base; -inf where no far key can be read.
+        add: a key's log features less the base; -inf where there is no key.
+        last: base of the last document, the only one that can have readers to come.
+    """
+
+    read: Float[Array, "*BH T S"]
+    add: Float[Array, "*BH T S"]
+    last: Float[Array, "*BH S"]
 
 
 @functools.partial(jax.jit, static_argnames=("chunk_size",))  # without an outer jit, each call would compile its scan
@@ -41,225 +57,151 @@ def chunked(
     query: Float[Array, "B T H D"],
     key: Float[Array, "B T H D"],
     value: Float[Array, "B T H D"],
-    valid: Bool[Array, "B T"] | Int[Array, "B T"],
+    segments: Int[Array, "B T"],
     splats: Splats,
     state: SplatState,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "B T H D"], SplatState]:
     """A scan over chunks that carries the state: O(W + S) per token, in time and memory, forward and backward.
 
-    The backward pass recomputes each chunk from the state at its start.
+    The window of the state is in the order of time. The backward pass recomputes each chunk from the state at its
+    start.
 
-    With documents in `valid` the state before must be empty, and the one after is of the last document alone.
+    With several documents the state before must be empty, and the one after is of the last document alone.
     """
     batch, length, heads, head_dim = query.shape
     size = min(chunk_size or min(max(state.key.shape[2], _CHUNK), _MAX_CHUNK), length)
     count = -(-length // size)
-    # The document whose keys the sums hold. Only one can have any still to be read, as numbers never fall.
-    document = None
-    if numbers_documents(valid):
-        document = jnp.zeros(batch, valid.dtype)
-        state = dataclasses.replace(state, valid=state.valid.astype(valid.dtype))
-    state = roll_window(state, -state.length)
-    final = append_to_window(state, key, value, valid)
+    padding_to_zeros = _per_head(without_padding, (1, None), (0, 0), 1)
+    query, key, value = (padding_to_zeros(x, segments) for x in (query, key, value))
+    slide = _per_head(append_to_window, (STATE_HEADS, 1, 1, None), (STATE_ROWS, 0, 0, 0), STATE_HEADS, STATE_ROWS)
+    final = slide(state, key, value, segments)
 
     def chunks(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def body(carried: tuple[SplatState, jax.Array | None], tokens: tuple[jax.Array, ...]):
-        query, key, value, valid, exists = tokens
-        output, state, document = _chunk(query, key, value, valid, exists, splats, *carried)
-        return (state, document), output
+    def body(carried: tuple[Any, ...], tokens: tuple[jax.Array, ...]) -> tuple[tuple[Any, ...], jax.Array]:
+        query, key, value, segments, exists = tokens
+        state, window_segments, document = carried
+        key_segments = jnp.concatenate([window_segments, segments], axis=1)
+        left = jnp.where(exists, key_segments[:, :size], 0)
+        reached = jax.vmap(reached_by)(left, document)
+        begins = jnp.any(reached.has_key & ~(reached.goes_on & jnp.any(state.m > FLOOR, axis=(1, 2))[:, None]))
+        factors = factors_of(query, key, segments, left, reached, splats, state, begins)
+        # One decision for all heads and rows: under `vmap`, a branch of each would be both branches.
+        steep = jnp.any(factors.add >= STEEP)
+        output, state = chunk(query, key, value, segments, key_segments, reached, factors, state, steep)
+        return (state, key_segments[:, size:], reached.document[:, -1]), output
 
-    # Slots past the end are kept out of the sums; the window they have slid through is the one thing to put right.
+    factors_of = _per_head(
+        _factors, (1, 1, None, None, None, 0, STATE_HEADS, None), (0, 0, 0, 0, 0, None, STATE_ROWS, None)
+    )
+    chunk = _per_head(
+        _chunk,
+        (1, 1, 1, None, None, None, 0, STATE_HEADS, None),
+        (0, 0, 0, 0, 0, 0, 0, STATE_ROWS, None),
+        (1, STATE_HEADS),
+        (0, STATE_ROWS),
+    )
+    # Slots past the end let no key leave; the window that they slide through is the one of `final` in the end.
     exists = jnp.arange(count * size).reshape(count, size) < length
-    tokens = (*map(chunks, (query, key, value, valid)), exists)
-    (state, _), output = jax.lax.scan(body, (state, document), tokens)
+    tokens = (*map(chunks, (query, key, value, segments)), exists)
+    # What a call begins with is document 1: a row of one document is, and packed rows begin empty.
+    carried = state, state.valid.astype(segments.dtype), jnp.ones(batch, segments.dtype)
+    (state, _, _), output = jax.lax.scan(body, carried, tokens)
     output = jnp.moveaxis(output, 0, 1).reshape(batch, count * size, heads, head_dim)[:, :length]
-    state = dataclasses.replace(state, key=final.key, value=final.value, valid=final.valid, length=final.length)
-    return output, roll_window(state, state.length)
+    return output, dataclasses.replace(
+        final, kv=state.kv, kv_rest=state.kv_rest, z=state.z, z_rest=state.z_rest, m=state.m
+    )
+
+
+def _per_head(
+    function: Callable[..., Any], head_axes: Any, row_axes: Any, head_out: Any = 0, row_out: Any = 0
+) -> Callable[..., Any]:
+    """A function of one head of one row, for all heads and rows."""
+    return jax.vmap(jax.vmap(function, head_axes, head_out), row_axes, row_out)
+
+
+def _factors(
+    query: Float[Array, "T D"],
+    key: Float[Array, "T D"],
+    segments: Int[Array, "T"],
+    left: Int[Array, "T"],
+    reached: Reached,
+    splats: Splats,
+    state: SplatState,
+    begins: Bool[Array, ""],
+) -> Factors:
+    """Of T tokens.
+
+    Args:
+        left: segments of the keys that leave the window.
+        begins: whether any document takes the feature of its first key as its base.
+    """
+    length, dtype = len(query), state.z.dtype
+    leaving = jnp.concatenate([state.key, key])[:length].astype(dtype)
+    features = key_features(splats, leaving, left != 0)
+    known = jax.lax.stop_gradient(features)
+    base = jnp.where(reached.goes_on[:, None], state.m, FLOOR)
+
+    def with_openings() -> jax.Array:
+        opening = jnp.where(reached.has_key[:, None], known[reached.first], FLOOR)
+        return jnp.where(base > FLOOR, base, opening)
+
+    base = jax.lax.cond(begins, with_openings, lambda: base)
+    reads = (base > FLOOR) & (reached.document == segments)[:, None]
+    read = jnp.where(reads, query_features(splats, query.astype(dtype)) + base, -jnp.inf)
+    return Factors(read, features - base, base[-1])
 
 
 def _chunk(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    valid: jax.Array,
-    exists: jax.Array,
-    splats: Splats,
+    query: Float[Array, "T D"],
+    key: Float[Array, "T D"],
+    value: Float[Array, "T D"],
+    segments: Int[Array, "T"],
+    key_segments: Int[Array, "K"],
+    reached: Reached,
+    factors: Factors,
     state: SplatState,
-    document: jax.Array | None,
-) -> tuple[jax.Array, SplatState, jax.Array | None]:
-    """Outputs of T tokens, the state after them and the document of its sums; the window is in the order of time.
+    steep: Bool[Array, ""],
+) -> tuple[Float[Array, "T D"], SplatState]:
+    """Outputs of T tokens, and the state after them; the window is in the order of time.
 
     Of the W + T keys at hand, token t sees key j through the splats if j <= t, and exactly if t < j <= t + W.
     """
-    length, window, dtype = query.shape[1], state.key.shape[2], state.z.dtype
-    following = append_to_window(state, key, value, valid)
-    query, key, value = (heads_first(x, valid) for x in (query, key, value))
-    keys = jnp.concatenate([state.key, key], axis=2)
-    values = jnp.concatenate([state.value, value], axis=2)
-    seen = jnp.concatenate([state.valid, valid], axis=1)
-    query, wide_values = query.astype(dtype), values.astype(dtype)
-
-    leaving = keys[:, :, :length].astype(dtype)
-    left = seen[:, :length] & exists if document is None else jnp.where(exists, seen[:, :length], 0)
-    features = key_features(splats, leaving, left)
-    far = query_features(splats, query)
+    length, window, dtype = len(query), len(state.key), state.z.dtype
+    keys, values = jnp.concatenate([state.key, key]), jnp.concatenate([state.value, value])
+    wide_values = values.astype(dtype)
     offset = jnp.arange(window + length) - jnp.arange(length)[:, None]
-    near = jnp.einsum("bhtd,bhkd->bhtk", query, keys.astype(dtype))
-    near = jnp.where((offset > 0) & (offset <= window) & visible_keys(valid, seen), near, -jnp.inf)
+    exactly = (offset > 0) & (offset <= window) & visible(segments, key_segments)
+    near = jnp.where(exactly, query.astype(dtype) @ keys.astype(dtype).T, -jnp.inf)
     near_top = jax.lax.stop_gradient(jnp.max(near, axis=-1, initial=FLOOR))
 
-    # Maxima that each token of the chunk has seen: the ones that far keys' features are taken relative to.
-    run, m, opening = None, state.m, features[:, :, 0]
-    if document is not None:
-        # Of the documents that far keys have reached, a token reads its own or none, and the sums if they are of it.
-        # Each has maxima of its own: relative to those of another, its weights could vanish.
-        run = runs(left, document)
-        far = jnp.where(_per_token(run.number == valid), far, -jnp.inf)
-        m = jnp.where(_per_token(run.goes_on), state.m[:, :, None, :], FLOOR)
-        opening = jnp.take_along_axis(features, _per_token(run.first), axis=2)
-    base = jnp.maximum(m, jax.lax.stop_gradient(opening))
-    top, read, within = _far_within(far, features, base, m, near_top, run)
-    weights = jnp.exp(near - top[..., None]) + jnp.pad(within, [(0, 0)] * 3 + [(0, window)])
-    if run is not None:
-        # The document of the sums is the one at the first slot, or has no reader left.
-        m, base, read = m[:, :, 0], base[:, :, 0], jnp.where(_per_token(run.goes_on), read, 0)
-    kept = jnp.exp(m - base)
-    numerator = jnp.einsum("bhtk,bhkd->bhtd", weights, wide_values)
-    numerator += jnp.einsum("bhts,bhsd->bhtd", read, kept[..., None] * state.kv)
-    denominator = jnp.sum(weights, axis=-1) + jnp.einsum("bhts,bhs->bht", read, kept * state.z)
-    output = numerator / jnp.where(denominator > 0, denominator, 1)[..., None]
-
-    if run is not None:
-        # Only the last document can have readers to come. Sums relative to `FLOOR` count exp(FLOOR - m) = 0.
-        document = run.number[:, -1]
-        features = jnp.where(_per_token(run.number == document[:, None]), features, -jnp.inf)
-        following = dataclasses.replace(following, m=jnp.where(run.goes_on[:, -1, None, None], state.m, FLOOR))
-    m = jnp.maximum(following.m, jax.lax.stop_gradient(jnp.max(features, axis=2)))
-    return output.swapaxes(1, 2), add_to_sums(following, features, wide_values[:, :, :length], m), document
-
-
-def _per_token(x: Shaped[Array, "B T"]) -> Shaped[Array, "B 1 T 1"]:
-    return x[:, None, :, None]
-
-
-def _far_within(
-    far: Float[Array, "B H T S"],
-    features: Float[Array, "B H T S"],
-    base: Float[Array, "B H *#T S"],
-    m: Float[Array, "B H *#T S"],
-    near_top: Float[Array, "B H T"],
-    run: Runs | None,
-) -> tuple[Float[Array, "B H T"], Float[Array, "B H T S"], Float[Array, "B H T T"]]:
-    """Row maxima `top`; `read = exp(far + base - top)`; and sums over splats of `exp(far[t] + features[j] - top[t])`
-    for j <= t, else 0.
-
-    The sums are a matrix product of `read` and `exp(features - base)`, unless a feature rises so far
-    over `base` that the second factor could overflow. From such a key on, tokens take `_pairs_within` instead. Whether
-    they do depends on keys up to each token alone, so that no bit of an output depends on the future.
-    """
-    length, num_splats = features.shape[2:]
-    number = None if run is None else run.number
-    spread = (lambda x: x[:, :, None, :]) if run is None else (lambda x: x)
-    rises = jax.lax.stop_gradient(features) - spread(base)
-    highest = jnp.max(rises, axis=-1, initial=-jnp.inf)
-    if run is None:
-        level = jax.lax.cummax(highest, axis=2) < _STEEP
+    document, read, add = reached.document, factors.read, factors.add
+    causal = jnp.tril(jnp.ones((length, length), bool)) & (document[:, None] == document)
+    if add.shape[1]:
+        # What the steep way keeps for the backward pass would be zeros in all other chunks.
+        ways = (
+            jax.checkpoint(steep_weights),
+            lambda read, add, near_top, causal, _: level_weights(read, add, near_top, causal),
+        )
+        top, factor, within = jax.lax.cond(steep, *ways, read, add, near_top, causal, document)
     else:
-        last_steep = jax.lax.cummax(jnp.where(highest < _STEEP, -1, jnp.arange(length)), axis=2)
-        level = last_steep < run.first[:, None, :]
+        top, factor, within = level_weights(read, add, near_top, causal)
+    weights = jnp.exp(near - top[:, None]) + jnp.pad(within, [(0, 0), (0, window)])
+    numerator = weights @ wide_values + jnp.where(reached.goes_on[:, None], factor @ state.kv, 0)
+    denominator = jnp.sum(weights, axis=-1) + jnp.where(reached.goes_on, factor @ state.z, 0)
+    output = numerator / jnp.where(denominator > 0, denominator, 1)[:, None]
 
-    def level_top() -> jax.Array:
-        return jnp.maximum(near_top, jnp.max(far + spread(base), axis=-1, initial=FLOOR))
-
-    def level_product(top: jax.Array) -> tuple[jax.Array, jax.Array]:
-        read = jnp.exp(far + (spread(base) - top[..., None]))
-        added = jnp.exp(jnp.where(rises < _STEEP, features - spread(base), -jnp.inf))
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        if number is not None:
-            causal &= visible_keys(number, number)
-        return read, jnp.where(causal, jnp.einsum("bhts,bhks->bhtk", read, added), 0)
-
-    def all_level() -> tuple[jax.Array, ...]:
-        top = jax.lax.stop_gradient(level_top())
-        return top, *level_product(top)
-
-    def some_steep() -> tuple[jax.Array, ...]:
-        running = jnp.maximum(_running_maximum(jax.lax.stop_gradient(features), number), spread(m))
-        steep_top = jnp.maximum(near_top, jnp.max(far + running, axis=-1, initial=FLOOR))
-        top = jax.lax.stop_gradient(jnp.where(level, level_top(), steep_top))
-        pairs = _pairs_within(far - top[..., None], features, number)
-        read, product = level_product(top)
-        return top, read, jnp.where(level[..., None], product, pairs)
-
-    if num_splats == 0:
-        return near_top, far, jnp.zeros((*near_top.shape, length), far.dtype)
-    return jax.lax.cond(jnp.all(level), all_level, some_steep)
-
-
-def _running_maximum(x: jax.Array, number: jax.Array | None) -> jax.Array:
-    """Maximum of the tokens so far, or of those so far whose document is `number` of the last."""
-    if number is not None:
-
-        def combine(earlier: tuple[jax.Array, jax.Array], later: tuple[jax.Array, jax.Array]):
-            same = earlier[0] == later[0]
-            return later[0], jnp.where(same, jnp.maximum(earlier[1], later[1]), later[1])
-
-        return jax.lax.associative_scan(combine, (_per_token(number), x), axis=2)[1]
-    # In two short strides: on CPU, the work of `lax.cummax` is the length of the stride per token.
-    length = x.shape[2]
-    stride = min(_BASE, length)
-    padded = jnp.pad(x, [(0, 0), (0, 0), (0, -length % stride), (0, 0)], constant_values=-jnp.inf)
-    strides = padded.reshape(*x.shape[:2], padded.shape[2] // stride, stride, x.shape[3])
-    inside = jax.lax.cummax(strides, axis=3)
-    before = jax.lax.cummax(inside[:, :, :-1, -1], axis=2)
-    before = jnp.pad(before, [(0, 0), (0, 0), (1, 0), (0, 0)], constant_values=-jnp.inf)
-    return jnp.maximum(inside, before[:, :, :, None, :]).reshape(padded.shape)[:, :, :length]
-
-
-def _pairs_within(far: jax.Array, features: jax.Array, number: jax.Array | None) -> jax.Array:
-    """`[B, H, T, T]`: the sum over splats of `exp(far[t] + features[j])` for j <= t, else 0.
-
-    The sum becomes a matrix product by `exp(far + r) exp(features - r)`, which is only safe if no key after t sets r.
-    So the tokens are halved again and again: the later half reads the earlier one through r = the earlier half's
-    maximum, and what is left at the end are small blocks along the diagonal.
-
-    With documents, `[t, j]` is 0 too unless `number` is equal at t and j. Of an earlier half, a later one can then
-    share none but the last document, and that one's maximum is r.
-    """
-    length, num_splats = far.shape[2:]
-    base = min(_BASE, length)
-    count = 1 << (-(-length // base) - 1).bit_length()
-    tail = [(0, 0), (0, 0), (0, count * base - length), (0, 0)]
-    far = jnp.pad(far, tail, constant_values=-jnp.inf)
-    features = jnp.pad(features, tail, constant_values=-jnp.inf)
-
-    def blocks(x: jax.Array, *shape: int) -> jax.Array:
-        return x.reshape(*x.shape[:2], *shape, num_splats)
-
-    scores = blocks(far, count, base, 1) + blocks(features, count, 1, base)
-    causal = jnp.tril(jnp.ones((base, base), bool))[..., None]
-    if number is not None:
-        number = jnp.pad(number, tail[1:3], mode="edge")
-        of_block = number.reshape(-1, 1, count, base, 1)
-        causal &= (of_block == of_block.swapaxes(3, 4))[..., None]
-    weights = jnp.sum(jnp.exp(jnp.where(causal, scores, -jnp.inf)), axis=-1)
-    while count > 1:
-        count //= 2
-        later = blocks(far, count, 2, base)[:, :, :, 1]
-        earlier = blocks(features, count, 2, base)[:, :, :, 0]
-        if number is not None:
-            halves = number.reshape(-1, 1, count, 2, base, 1)
-            last = halves[:, :, :, 0, -1:]
-            earlier = jnp.where(halves[:, :, :, 0] == last, earlier, -jnp.inf)
-            later = jnp.where(halves[:, :, :, 1] == last, later, -jnp.inf)
-        maximum = jax.lax.stop_gradient(jnp.max(earlier, axis=3, keepdims=True, initial=FLOOR))
-        across = jnp.einsum("bhnts,bhnks->bhntk", jnp.exp(later + maximum), jnp.exp(earlier - maximum))
-        upper = jnp.pad(weights[:, :, 0::2], [(0, 0)] * 4 + [(0, base)])
-        weights = jnp.concatenate([upper, jnp.concatenate([across, weights[:, :, 1::2]], axis=4)], axis=3)
-        base *= 2
-    return weights[:, :, 0, :length, :length]
+    following = append_to_window(state, key, value, segments)
+    of_last = document == document[-1]
+    added = jnp.where(of_last[:, None], add, -jnp.inf)
+    m_before = jnp.where(reached.goes_on[-1], state.m, FLOOR)
+    m = jnp.maximum(m_before, factors.last + jax.lax.stop_gradient(jnp.max(added, axis=0, initial=-jnp.inf)))
+    # Sums relative to `FLOOR`, and those of another document, count exp(FLOOR - m) = 0.
+    kept, added = jnp.exp(m_before - m), jnp.exp(added + (factors.last - m))
+    kv, kv_rest = compensated(state.kv, state.kv_rest, kept[:, None], added.T @ wide_values[:length])
+    z, z_rest = compensated(state.z, state.z_rest, kept, jnp.sum(added, axis=0))
+    return output, dataclasses.replace(following, kv=kv, kv_rest=kv_rest, z=z, z_rest=z_rest, m=m)

@@ -7,9 +7,18 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.ops.splat_state import FLOOR, Splats, SplatState, add_to_sums, heads_first, key_features, query_features
+from gsa_jax.ops.state import (
+    FLOOR,
+    STATE_HEADS,
+    STATE_ROWS,
+    Splats,
+    SplatState,
+    compensated,
+    key_features,
+    query_features,
+)
 
 
 @jax.jit  # without an outer jit, each call would compile its scan
@@ -17,69 +26,90 @@ def recurrent(
     query: Float[Array, "B T H D"],
     key: Float[Array, "B T H D"],
     value: Float[Array, "B T H D"],
-    valid: Bool[Array, "B T"],
+    segments: Int[Array, "B T"],
     splats: Splats,
     state: SplatState,
 ) -> tuple[Float[Array, "B T H D"], SplatState]:
-    """A scan of single steps: O(W + S) per token, in time and memory."""
-    if query.shape[1] == 1:
-        return _step(query, key, value, valid, splats, state)
+    """A scan of single steps: O(W + S) per token, in time and memory. A row is one document."""
+    heads = jax.vmap(_step, (0, 0, 0, None, 0, STATE_HEADS), (0, STATE_HEADS))
+    rows = jax.vmap(heads, (0, 0, 0, 0, None, STATE_ROWS), (0, STATE_ROWS))
 
     def body(state: SplatState, token: tuple[jax.Array, ...]) -> tuple[SplatState, jax.Array]:
-        query, key, value, valid = (x[:, None] for x in token)
-        output, state = _step(query, key, value, valid, splats, state)
-        return state, output[:, 0]
+        output, following = rows(*token, splats, state)
+        return _write(following, *token[1:], slot=state.length, after=output), output
 
-    state, output = jax.lax.scan(body, state, tuple(jnp.moveaxis(x, 1, 0) for x in (query, key, value, valid)))
+    tokens = query, key, value, segments != 0
+    if query.shape[1] == 1:
+        state, output = body(state, tuple(x[:, 0] for x in tokens))
+        return output[:, None], state
+    state, output = jax.lax.scan(body, state, tuple(jnp.moveaxis(x, 1, 0) for x in tokens))
     return jnp.moveaxis(output, 0, 1), state
 
 
 def _step(
-    query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array, splats: Splats, state: SplatState
-) -> tuple[jax.Array, SplatState]:
-    window, dtype = state.key.shape[2], state.z.dtype
-    query, key, value = (heads_first(x, valid) for x in (query, key, value))
+    query: Float[Array, "D"],
+    key: Float[Array, "D"],
+    value: Float[Array, "D"],
+    valid: Bool[Array, ""],
+    splats: Splats,
+    state: SplatState,
+) -> tuple[Float[Array, "D"], SplatState]:
+    """The next token of one head of one row; its key and value are not in the window of the state yet."""
+    window, dtype = len(state.key), state.z.dtype
+    query, key, value = (jnp.where(valid, x, 0) for x in (query, key, value))  # padding may hold anything
     wide_query = query.astype(dtype)
     if window == 0:
         slot, left = 0, (key, value, valid)
-        near = jnp.zeros((*query.shape[:3], 0), dtype)
+        near = jnp.zeros(0, dtype)
     else:
         slot = state.length % window
         left = tuple(
-            jax.lax.dynamic_slice_in_dim(ring, slot, 1, axis)
-            for ring, axis in ((state.key, 2), (state.value, 2), (state.valid, 1))
+            jax.lax.dynamic_index_in_dim(x, slot, keepdims=False) for x in (state.key, state.value, state.valid)
         )
         stays = state.valid & (jnp.arange(window) != slot)
-        ring = jnp.einsum("bhtd,bhkd->bhtk", wide_query, state.key.astype(dtype))
-        ring = jnp.where(stays[:, None, None, :], ring, -jnp.inf)
-        own = jnp.sum(wide_query * key.astype(dtype), axis=-1, keepdims=True)
-        near = jnp.concatenate([ring, jnp.where(valid[:, None, :, None], own, -jnp.inf)], axis=-1)
+        ring = jnp.where(stays, state.key.astype(dtype) @ wide_query, -jnp.inf)
+        own = jnp.where(valid, jnp.sum(wide_query * key.astype(dtype)), -jnp.inf)
+        near = jnp.concatenate([ring, own[None]])
 
     left_key, left_value, left_valid = left
-    features = key_features(splats, left_key.astype(dtype), left_valid)
-    m = jax.lax.stop_gradient(jnp.maximum(state.m, features[:, :, 0]))
-    sums = add_to_sums(state, features, left_value.astype(dtype), m)
+    feature = key_features(splats, left_key.astype(dtype)[None], left_valid[None])[0]
+    m = jax.lax.stop_gradient(jnp.maximum(state.m, feature))
+    kept, added = jnp.exp(state.m - m), jnp.exp(feature - m)
+    kv, kv_rest = compensated(state.kv, state.kv_rest, kept[:, None], added[:, None] * left_value.astype(dtype))
+    z, z_rest = compensated(state.z, state.z_rest, kept, added)
 
-    far = query_features(splats, wide_query) + m[:, :, None, :]
-    top = jnp.max(jnp.concatenate([near, far], axis=-1), axis=-1, keepdims=True, initial=FLOOR)
-    top = jax.lax.stop_gradient(top)
+    far = query_features(splats, wide_query[None])[0] + m
+    top = jax.lax.stop_gradient(jnp.max(jnp.concatenate([near, far]), initial=FLOOR))
     near, far = jnp.exp(near - top), jnp.exp(far - top)
-    numerator = jnp.einsum("bhts,bhsd->bhtd", far, sums.kv)
-    denominator = jnp.sum(near, axis=-1) + jnp.einsum("bhts,bhs->bht", far, sums.z)
+    numerator, denominator = far @ kv, jnp.sum(near) + far @ z
     if window:
-        numerator += jnp.einsum("bhtk,bhkd->bhtd", near[..., :-1], state.value.astype(dtype))
-        numerator += near[..., -1:] * value.astype(dtype)
-    output = numerator / jnp.where(denominator > 0, denominator, 1)[..., None]
+        numerator += near[:-1] @ state.value.astype(dtype) + near[-1] * value.astype(dtype)
+    output = numerator / jnp.where(denominator > 0, denominator, 1)
+    sums = dataclasses.replace(state, kv=kv, kv_rest=kv_rest, z=z, z_rest=z_rest, m=m, length=state.length + 1)
+    return output, sums
 
-    if window:
-        # Always true, but XLA cannot know. A loop writes into the ring in place if the write depends on all reads of
-        # it, and otherwise copies the ring at each step.
-        has_read = jnp.all((output == output) | (output != output))
-        key, value, valid = (jnp.where(has_read, x, jnp.zeros_like(x)) for x in (key, value, valid))
-        sums = dataclasses.replace(
-            sums,
-            key=jax.lax.dynamic_update_slice_in_dim(state.key, key, slot, axis=2),
-            value=jax.lax.dynamic_update_slice_in_dim(state.value, value, slot, axis=2),
-            valid=jax.lax.dynamic_update_slice_in_dim(state.valid, valid, slot, axis=1),
-        )
-    return output.swapaxes(1, 2), dataclasses.replace(sums, length=state.length + 1)
+
+def _write(
+    state: SplatState,
+    key: Float[Array, "B H D"],
+    value: Float[Array, "B H D"],
+    valid: Bool[Array, "B"],
+    *,
+    slot: Int[Array, ""],
+    after: Float[Array, "B H D"],
+) -> SplatState:
+    """Puts a token into the ring, of all heads and rows at once: under `vmap`, a slice becomes a scatter."""
+    window = state.key.shape[2]
+    if window == 0:
+        return state
+    # Always true, but XLA cannot know. A loop writes into the ring in place if the write depends on all reads of it,
+    # and otherwise copies the ring at each step.
+    has_read = jnp.all((after == after) | (after != after))
+    present = (valid & has_read)[:, None, None]
+    key, value = (jnp.where(present, x, jnp.zeros_like(x))[:, :, None] for x in (key, value))
+    return dataclasses.replace(
+        state,
+        key=jax.lax.dynamic_update_slice_in_dim(state.key, key, slot % window, axis=2),
+        value=jax.lax.dynamic_update_slice_in_dim(state.value, value, slot % window, axis=2),
+        valid=jax.lax.dynamic_update_slice_in_dim(state.valid, (valid & has_read)[:, None], slot % window, axis=1),
+    )

@@ -1,5 +1,13 @@
 """Attention through splats as it is defined, with the full matrix of scores: the oracle of the fast forms.
 
+    log phi_s(x) = -|x - c_s|^2 / (2 sigma_s^2)
+
+    near(i, j)   = q_i . k_j
+    far(i, j)    = logsumexp_s( log phi_s(q_i) + log phi_s(k_j) + log a_s ) + beta (|q_i|^2 + |k_j|^2) + lambda
+    score(i, j)  = near(i, j) if i - j < W, else far(i, j); -inf if j > i, or i and j are not of one document
+
+    output_i     = sum_j softmax_j(score(i, .)) v_j
+
 May be changed here: nothing but the definition itself.
 """
 
@@ -7,79 +15,84 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from gsa_jax.ops.documents import visible_keys
-from gsa_jax.ops.splat_state import FLOOR, Splats, SplatState, heads_first, roll_window
+from gsa_jax.ops.segments import visible
+from gsa_jax.ops.state import FLOOR, Splats, SplatState, append_to_window, without_padding
+
+
+def scores(
+    query: Float[Array, "T D"],
+    key: Float[Array, "K D"],
+    query_segments: Int[Array, "T"],
+    key_segments: Int[Array, "K"],
+    splats: Splats,
+    window: int,
+) -> Float[Array, "T K"]:
+    """The definition, for the last T of K tokens as queries."""
+    log_query, log_key = log_factors(splats, query, key)
+    near = query @ key.T
+    far = jax.nn.logsumexp(log_query[:, None, :] + log_key[None, :, :], axis=-1)
+    distance = jnp.arange(len(key) - len(query), len(key))[:, None] - jnp.arange(len(key))
+    score = jnp.where(distance < window, near, far)
+    return jnp.where((distance >= 0) & visible(query_segments, key_segments), score, -jnp.inf)
+
+
+def log_factors(
+    splats: Splats, query: Float[Array, "T D"], key: Float[Array, "K D"]
+) -> tuple[Float[Array, "T S"], Float[Array, "K S"]]:
+    """Logarithms of the factors that each splat has for a query and for a key in `exp(far)`."""
+    centers, log_scales, log_amplitudes, norm_gain, far_gain = jax.tree.leaves(splats.complete(query.dtype))
+
+    def log_phi(x: jax.Array) -> jax.Array:
+        return -jnp.sum(jnp.square(x[:, None, :] - centers), axis=-1) / (2 * jnp.exp(2 * log_scales))
+
+    def norm(x: jax.Array) -> jax.Array:
+        return norm_gain * jnp.sum(x**2, axis=-1, keepdims=True)
+
+    return log_phi(query) + log_amplitudes + norm(query) + far_gain, log_phi(key) + norm(key)
 
 
 def reference(
-    query: Float[Array, "B T H D"],
-    key: Float[Array, "B T H D"],
-    value: Float[Array, "B T H D"],
-    valid: Bool[Array, "B T"] | Int[Array, "B T"],
+    query: Float[Array, "T D"],
+    key: Float[Array, "T D"],
+    value: Float[Array, "T D"],
+    segments: Int[Array, "T"],
     splats: Splats,
     state: SplatState,
-) -> tuple[Float[Array, "B T H D"], SplatState]:
-    """The dense form: O(T^2 S) time and memory, float32 or float64 as `state.z` is.
+) -> tuple[Float[Array, "T D"], SplatState]:
+    """The dense form: O(T^2 S) time and memory, float32 or float64 as `state.z` is; the window in the order of time.
 
-    With documents in `valid` the state before must be empty, and the one after means nothing.
+    The keys before these are in the state: those of the window one by one, older ones as sums over each splat.
+
+    With several documents the state before must be empty, and the one after means nothing.
     """
-    length, window, dtype = query.shape[1], state.key.shape[2], state.z.dtype
-    query, key, value = (heads_first(x, valid) for x in (query, key, value))
-    state = roll_window(state, -state.length)
-    keys = jnp.concatenate([state.key, key], axis=2)
-    values = jnp.concatenate([state.value, value], axis=2)
-    seen = jnp.concatenate([state.valid, valid], axis=1)
-    query, k, v = (x.astype(dtype) for x in (query, keys, values))
+    length, dtype = len(query), state.z.dtype
+    query, key, value = (without_padding(x, segments) for x in (query, key, value))
+    following = append_to_window(state, key, value, segments)
+    key, value = jnp.concatenate([state.key, key]), jnp.concatenate([state.value, value])
+    key_segments = jnp.concatenate([state.valid.astype(segments.dtype), segments])
+    query, key, value = (x.astype(dtype) for x in (query, key, value))
+    score = scores(query, key, segments, key_segments, splats, len(state.key))
 
-    centers, log_scales = splats.centers.astype(dtype), splats.log_scales.astype(dtype)
-    half_inverse_variance = jnp.exp(-2 * log_scales) / 2
-
-    def log_phi(x: jax.Array) -> jax.Array:
-        squared = jnp.sum(jnp.square(x[:, :, :, None, :] - centers[:, None]), axis=-1)
-        return -squared * half_inverse_variance[:, None, :]
-
-    log_q, log_k = log_phi(query), log_phi(k)
-    if splats.log_amplitudes is not None:
-        log_q += splats.log_amplitudes.astype(dtype)[:, None, :]
-    if splats.far_gain is not None:
-        log_q += splats.far_gain.astype(dtype)[:, None, None]
-    if splats.norm_gain is not None:
-        norm_gain = splats.norm_gain.astype(dtype)[:, None, None]
-        log_q += norm_gain * jnp.sum(query**2, axis=-1, keepdims=True)
-        log_k += norm_gain * jnp.sum(k**2, axis=-1, keepdims=True)
-    # The state counts what all keys of a splat share with the query.
-    shared = (half_inverse_variance * jnp.sum(centers**2, axis=-1))[:, None, :]
-    log_q, log_k = log_q - shared, log_k + shared
-
-    distance = window + jnp.arange(length)[:, None] - jnp.arange(window + length)
-    near = jnp.einsum("bhtd,bhkd->bhtk", query, k)
-    far = jax.nn.logsumexp(log_q[:, :, :, None, :] + log_k[:, :, None, :, :], axis=-1)
-    scores = jnp.where(distance < window, near, far)
-    scores = jnp.where((distance >= 0) & visible_keys(valid, seen), scores, -jnp.inf)
-    older = log_q + state.m[:, :, None, :]  # each splat's past counts as z keys of this score
-
-    top = jnp.max(jnp.concatenate([scores, older], axis=-1), axis=-1, keepdims=True, initial=FLOOR)
+    log_query, log_key = log_factors(splats, query, key)
+    complete = splats.complete(dtype)
+    shared = jnp.sum(complete.centers**2, axis=-1) / (2 * jnp.exp(2 * complete.log_scales))
+    older = log_query - shared + state.m  # each splat's past counts as z keys of this score
+    top = jnp.max(jnp.concatenate([score, older], axis=-1), axis=-1, keepdims=True, initial=FLOOR)
     top = jax.lax.stop_gradient(top)
-    weights, older = jnp.exp(scores - top), jnp.exp(older - top)
-    numerator = jnp.einsum("bhtk,bhkd->bhtd", weights, v) + jnp.einsum("bhts,bhsd->bhtd", older, state.kv)
-    denominator = jnp.sum(weights, axis=-1) + jnp.einsum("bhts,bhs->bht", older, state.z)
-    output = numerator / jnp.where(denominator > 0, denominator, 1)[..., None]
+    weights, older = jnp.exp(score - top), jnp.exp(older - top)
+    denominator = jnp.sum(weights, axis=-1) + older @ state.z
+    output = (weights @ value + older @ state.kv) / jnp.where(denominator > 0, denominator, 1)[:, None]
 
-    left = jnp.where(seen[:, None, :length, None], log_k[:, :, :length], -jnp.inf)
-    m = jax.lax.stop_gradient(jnp.maximum(state.m, jnp.max(left, axis=2)))
-    left, kept = jnp.exp(left - m[:, :, None, :]), jnp.exp(state.m - m)
-    state = dataclasses.replace(
-        state,
-        key=keys[:, :, length:],
-        value=values[:, :, length:],
-        valid=seen[:, length:],
-        kv=kept[..., None] * (state.kv + state.kv_rest) + jnp.einsum("bhts,bhtd->bhsd", left, v[:, :, :length]),
+    left = jnp.where((key_segments[:length] != 0)[:, None], log_key[:length] + shared, -jnp.inf)
+    m = jax.lax.stop_gradient(jnp.maximum(state.m, jnp.max(left, axis=0)))
+    left, kept = jnp.exp(left - m), jnp.exp(state.m - m)
+    return output, dataclasses.replace(
+        following,
+        kv=kept[:, None] * (state.kv + state.kv_rest) + left.T @ value[:length],
         kv_rest=jnp.zeros_like(state.kv),
-        z=kept * (state.z + state.z_rest) + jnp.sum(left, axis=2),
+        z=kept * (state.z + state.z_rest) + jnp.sum(left, axis=0),
         z_rest=jnp.zeros_like(state.z),
         m=m,
-        length=state.length + length,
     )
-    return output.swapaxes(1, 2), roll_window(state, state.length)

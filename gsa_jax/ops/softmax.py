@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.ops.documents import visible_keys
+from gsa_jax.ops.segments import visible
 
 _BLOCK = 256
 """Queries per block, at least. Sequences up to twice as long take the plain dense path."""
@@ -24,16 +24,16 @@ def causal_attention(
     query: Float[Array, "B T H D"],
     key: Float[Array, "B T H D"],
     value: Float[Array, "B T H D"],
-    key_mask: Bool[Array, "B T"] | Int[Array, "B T"],
+    segments: Int[Array, "B T"],
 ) -> Float[Array, "B T H D"]:
     """Softmax attention over the past, as in `transformers` v4.57 `GPTNeoSelfAttention._attn`.
 
     Scores are `q . k`, NOT divided by sqrt(D), and computed in float32 whatever the inputs are. Query i sees the keys
-    j <= i with `key_mask[j]`, or, if the mask is integer, those of its own document. Cost: O(T^2) in time and memory.
+    j <= i of its own document. Cost: O(T^2) in time and memory.
 
     Args:
-        key_mask: False for padding; or the number of each token's document, 0 for padding. A query that sees no key
-            gets an arbitrary finite result.
+        segments: the number of each token's document, 0 for padding (`gsa_jax.ops.segments.join_masks`). A query that
+            sees no key gets an arbitrary finite result.
     """
     length = query.shape[1]
     block = max(_BLOCK, -(-length // _MAX_BLOCKS))
@@ -44,12 +44,17 @@ def causal_attention(
     for start in range(0, length, block):
         stop = min(start + block, length)
         causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
-        allowed = causal & visible_keys(key_mask[:, start:stop], key_mask[:, :stop])
-        outputs.append(_attend(query[:, start:stop], key[:, :stop], value[:, :stop], allowed))
+        allowed = causal & visible(segments[:, start:stop], segments[:, :stop])
+        outputs.append(_attend(query[:, start:stop], key[:, :stop], value[:, :stop], allowed[:, None]))
     return jnp.concatenate(outputs, axis=1)
 
 
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array, allowed: jax.Array) -> jax.Array:
+def _attend(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B K H D"],
+    value: Float[Array, "B K H D"],
+    allowed: Bool[Array, "B 1 T K"],
+) -> Float[Array, "B T H D"]:
     scores = jnp.einsum("...thd,...khd->...htk", query.astype(jnp.float32), key.astype(jnp.float32))
     scores = jnp.where(allowed, scores, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)

@@ -1,0 +1,122 @@
+"""The models that an evaluation compares: the exact one, the one with splats, and controls.
+
+May be changed here: which arms are compared, and how they are made of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+from gsa_jax.checkpoint import load_tensors, load_tokenizer
+from gsa_jax.config import GPTNeoConfig
+from gsa_jax.errors import InputError
+from gsa_jax.ops import Window
+from gsa_jax.parameters import PositionExtension, attention_tensor, extend_positions, without_splats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ARMS = ("exact", "hybrid", "window-only", "splats-only", "none")
+"""Softmax attention; window and splats as configured; no splats; no window; splat layers that attend to nothing."""
+
+Arm = tuple[GPTNeoConfig, Mapping[str, Any]]
+"""Configuration and parameters of an ordinary model, in memory of numpy or JAX."""
+
+_TOKENS_AT_ONCE = 4096
+"""Whose logits are in memory together, or one row's if that is longer."""
+
+NO_WINDOW = (
+    "hybrid and window-only are left out: with a window of 0 the hybrid is splats-only, "
+    "and window-only has nothing to attend to"
+)
+
+
+def load_arms(
+    folder: str | Path,
+    *,
+    window: Window | None = None,
+    max_positions: int | None = None,
+    position_extension: PositionExtension = "interpolate",
+    reference: str | Path | None = None,
+) -> tuple[dict[str, Arm], PreTrainedTokenizerBase, int]:
+    """The arms of a checkpoint with splats, its tokenizer, and how many positions it has as stored.
+
+    Args:
+        window: tokens that splat layers attend to exactly; as stored if None.
+        max_positions: positions of every arm, as `gsa_jax.parameters.extend_positions` makes them; as stored if None.
+        position_extension: how it makes them.
+        reference: checkpoint of the model to be the exact arm, e.g. one trained on the same tokens; its own splats, if
+            it has any, are not used. The checkpoint's own exact model if None.
+
+    Raises:
+        InputError: a checkpoint or tokenizer cannot be used; there are no splats; the window is infinite; the positions
+            are fewer than the checkpoint's; or the reference has another vocabulary.
+    """
+    stored, tensors = load_tensors(folder)
+    config = stored if window is None else stored.with_window(window)
+    tokenizer = load_tokenizer(folder)
+    exact = None if reference is None else load_tensors(reference)
+    if reference is not None and load_tokenizer(reference).get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"{reference}: its tokenizer has another vocabulary than that of {folder}; give a reference "
+            "with the same one"
+        )
+    if max_positions is not None:
+        config, tensors = extend_positions(config, tensors, max_positions, position_extension)
+        if exact is not None and exact[0].max_position_embeddings < max_positions:
+            exact = extend_positions(*exact, max_positions, position_extension)
+    return make_arms(config, tensors, exact), tokenizer, stored.max_position_embeddings
+
+
+def make_arms(config: GPTNeoConfig, tensors: Mapping[str, Any], reference: Arm | None = None) -> dict[str, Arm]:
+    """The models to compare, by their names in `ARMS`; `"hybrid"` and `"window-only"` need a window above 0.
+
+    Args:
+        reference: the model to be the exact arm, without its splats if it has any; the same weights if None.
+
+    Raises:
+        InputError: there are no splats, the window is infinite, or the reference has another vocabulary or too few
+            positions.
+    """
+    splats = config.splats
+    if splats is None or splats.num_splats == 0:
+        raise InputError("the checkpoint has no splats to evaluate; attach and fit them first: gsa fit-init")
+    if splats.window == "all":
+        raise InputError("with a window of all tokens the splats are unused; give a number of tokens: --window W")
+    exact = config.with_window("all")
+    arms: dict[str, Arm] = {"exact": (exact, tensors)}
+    if reference is not None:
+        _check_reference(reference[0], config)
+        arms["exact"] = reference[0].with_window("all"), reference[1]
+    if splats.window > 0:
+        _, bare = without_splats(config, tensors)
+        windowed = dataclasses.replace(config, splats=dataclasses.replace(splats, num_splats=0))
+        arms["hybrid"] = (config, tensors)
+        arms["window-only"] = (windowed, bare)
+    arms["splats-only"] = (config.with_window(0), tensors)
+    values = [attention_tensor(layer, "v_proj.weight") for layer in config.splat_layers]
+    arms["none"] = (exact, {**tensors, **{name: jnp.zeros_like(tensors[name]) for name in values}})
+    return arms
+
+
+def _check_reference(reference: GPTNeoConfig, config: GPTNeoConfig) -> None:
+    if reference.vocab_size != config.vocab_size:
+        raise InputError(
+            f"the reference has a vocabulary of {reference.vocab_size}, the checkpoint one of {config.vocab_size}; "
+            "give a reference with the same one"
+        )
+    if reference.max_position_embeddings < config.max_position_embeddings:
+        raise InputError(
+            f"the reference has {reference.max_position_embeddings} positions, fewer than the checkpoint's "
+            f"{config.max_position_embeddings}; extend it: --max-positions {config.max_position_embeddings}"
+        )
+
+
+def rows_at_once(length: int, batch_size: int) -> int:
+    """How many rows of `length` tokens run together: fewer than `batch_size` where memory would grow with it."""
+    return max(1, min(batch_size, _TOKENS_AT_ONCE // length))

@@ -1,0 +1,177 @@
+"""How the splats of a model are doing, head by head.
+
+May be changed here: what is reported, and when a head counts as dead. Rows of attention are measured by
+`statistics`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Int
+
+from gsa_jax.attention import GSASelfAttention
+from gsa_jax.checkpoint import load_tensors
+from gsa_jax.errors import InputError
+from gsa_jax.fitting.statistics import (
+    calibration_tokens,
+    dead_splats,
+    effective_splats,
+    exact_statistics,
+    queries_and_keys,
+    sample_rows,
+    splat_statistics,
+    take_rows,
+)
+from gsa_jax.loss import mean_next_token_loss
+from gsa_jax.model import GPTNeoForCausalLM
+from gsa_jax.ops import Window
+from gsa_jax.parameters import build_model, named_parameters, without_splats
+
+_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadDiagnostics:
+    """One head's splats. Entropies and masses are means over sampled tokens, on the exact model's queries and keys.
+
+    Attributes:
+        layer: its number.
+        head: its number.
+        sigma: geometric mean of its splats' scales.
+        exact_entropy: of exact attention, divided by its maximum: 1 is equal weights, 0 is a single key.
+        entropy: the same of attention with the window and the splats.
+        exact_far_mass: weight that exact attention gives to keys `window` or more slots before the query.
+        far_mass: weight that they get through the splats.
+        usage: how many splats that weight goes through, as a perplexity between 1 and S; 0 if there is no weight.
+        dead_splats: how many carry less than a hundredth of an equal share of it.
+        centers_gradient: norm of the gradient of the language-modelling loss.
+        log_scales_gradient: the same for the scales.
+    """
+
+    layer: int
+    head: int
+    sigma: float
+    exact_entropy: float
+    entropy: float
+    exact_far_mass: float
+    far_mass: float
+    usage: float
+    dead_splats: int
+    num_splats: int
+    centers_gradient: float
+    log_scales_gradient: float
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether training cannot move it: no gradient, or one that is not finite, or nothing but dead splats."""
+        moves = all(np.isfinite(norm) and norm > 0 for norm in (self.centers_gradient, self.log_scales_gradient))
+        return not moves or self.dead_splats == self.num_splats
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnostics:
+    """What `diagnose` found: at which window, on how many tokens, with which loss in nats per token, head by head."""
+
+    window: int
+    tokens: int
+    loss: float
+    heads: tuple[HeadDiagnostics, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, and for each head whether it is dead."""
+        heads = [dataclasses.asdict(head) | {"is_dead": head.is_dead} for head in self.heads]
+        return dataclasses.asdict(self) | {"heads": heads}
+
+
+def diagnose(folder: str | Path, text: str | Path, *, window: Window | None = None, tokens: int = 4096) -> Diagnostics:
+    """Diagnoses the splats of a checkpoint on the beginning of a text.
+
+    Args:
+        window: tokens seen exactly; as the checkpoint says if None.
+        tokens: of the text to use, at most one window more.
+
+    Raises:
+        InputError: the checkpoint or the text cannot be used, or nothing goes through splats (no splats, an infinite
+            window, or no token that far from another).
+    """
+    config, tensors = load_tensors(folder)
+    if window is not None:
+        config = config.with_window(window)
+    input_ids, mask = calibration_tokens(Path(folder), Path(text), config, tokens)
+    return diagnose_model(build_model(config, tensors), input_ids, mask)
+
+
+def diagnose_model(
+    model: GPTNeoForCausalLM, input_ids: Int[np.ndarray, "N T"], attention_mask: Bool[np.ndarray, "N T"]
+) -> Diagnostics:
+    """The same for a model at its configured window; ids are right-padded.
+
+    Raises:
+        InputError: nothing goes through splats.
+    """
+    config = model.config
+    if config.splats is None or config.splats.num_splats == 0:
+        raise InputError("the model has no splats to diagnose; attach and fit some first: gsa fit-init")
+    window = config.splats.window
+    if window == "all":
+        raise InputError("window = 'all' leaves the splats unused; give a number of tokens, such as --window 64")
+    if attention_mask.sum(axis=1).max() <= window:
+        raise InputError(f"no token of the text has another {window} before it; give longer text or a smaller window")
+    loss, gradients = _loss_and_gradients(*nnx.split(model, _is_splat, ...), input_ids, attention_mask)
+    sample = sample_rows(attention_mask, _SEED)
+    heads: list[HeadDiagnostics] = []
+    exact = build_model(*without_splats(config, named_parameters(model)))
+    for layer, query, key in queries_and_keys(exact, input_ids, attention_mask, config.splat_layers):
+        attention = model.transformer.h[layer].attn.attention
+        assert isinstance(attention, GSASelfAttention), "splat layers have splats"
+        splats, rows = attention.splats, take_rows(sample, query, key, attention_mask)
+        exactly = exact_statistics(rows, window=window, seen=exact.config.windows[layer])
+        through = splat_statistics(rows, splats, window=window)
+        usage = np.asarray(through.usage)
+        of_layer = gradients["transformer"]["h"][layer]["attn"]["attention"]
+        columns = (
+            np.exp(np.mean(np.asarray(splats.log_scales, np.float32), axis=-1)),
+            exactly.entropy,
+            through.entropy,
+            exactly.far_mass,
+            through.far_mass,
+            effective_splats(usage),
+            dead_splats(usage),
+            np.full(config.num_heads, config.splats.num_splats),
+            jnp.linalg.norm(of_layer["splat_centers"][...], axis=(1, 2)),
+            jnp.linalg.norm(of_layer["splat_log_scales"][...], axis=1),
+        )
+        for head, values in enumerate(zip(*(np.asarray(column).tolist() for column in columns), strict=True)):
+            heads.append(HeadDiagnostics(layer, head, *values))
+    return Diagnostics(window, int(attention_mask.sum()), float(loss), tuple(heads))
+
+
+def _is_splat(path: tuple[Any, ...], _: Any) -> bool:
+    return str(path[-1]).startswith("splat_")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss_and_gradients(
+    graphdef: nnx.GraphDef, splats: nnx.State, rest: nnx.State, input_ids: jax.Array, attention_mask: jax.Array
+) -> tuple[jax.Array, nnx.State]:
+    """Mean loss over all tokens and its gradient in the splats, one sequence in memory at a time."""
+    counts = jnp.sum(attention_mask[:, 1:] & attention_mask[:, :-1], axis=1)
+    shares = counts / jnp.maximum(jnp.sum(counts), 1)
+
+    def loss(splats: nnx.State, ids: jax.Array, mask: jax.Array, share: jax.Array) -> jax.Array:
+        logits = nnx.merge(graphdef, splats, rest)(ids[None], mask[None])
+        return share * mean_next_token_loss(logits, ids[None], mask[None])
+
+    def add(total: tuple[jax.Array, nnx.State], sequence: tuple[jax.Array, ...]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(splats, *sequence)), None
+
+    nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, splats))
+    return jax.lax.scan(add, nothing, (input_ids, attention_mask, shares))[0]

@@ -1,0 +1,264 @@
+"""Splats that start where a model's queries and keys are.
+
+May be changed here: how centres, scales and far gains are chosen from calibration text, and what the report says.
+Measuring is `statistics`; training from here on is `gsa_jax.train`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from gsa_jax.checkpoint import REPORT_FILE, load_tensors, save, tokenizer_files
+from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig, SplatConfig
+from gsa_jax.errors import InputError
+from gsa_jax.files import refuse_existing
+from gsa_jax.fitting.kmeans import kmeans
+from gsa_jax.fitting.statistics import (
+    AttentionRows,
+    attended_midpoints,
+    calibration_tokens,
+    dead_splats,
+    effective_splats,
+    exact_statistics,
+    queries_and_keys,
+    sample_rows,
+    splat_statistics,
+    take_rows,
+)
+from gsa_jax.model import GPTNeoForCausalLM
+from gsa_jax.ops import Splats, Window
+from gsa_jax.parameters import attention_tensor, build_model, without_splats
+from gsa_jax.progress import Progress
+
+FIT_REPORT_FILE = "fit_init.json"
+
+ENTROPY_BAND = (0.2, 0.9)
+"""What a head's entropy may be asked for, where 1 is equal weights. Heads outside of it start with attention that
+hardly moves when their splats do."""
+
+_FAR_SHARE_BAND = (0.01, 0.99)
+"""The same for the mass of far keys in rows that have any: without it, a head's splats get no gradient."""
+
+_SCALE_RANGE = (0.02, 50.0)
+"""Scales that are searched, in units of the root mean square norm of a head's queries."""
+
+_GAIN_RANGE = (-500.0, 500.0)
+
+_BISECTIONS = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadFit:
+    """How one head was fitted.
+
+    Attributes:
+        layer: its number.
+        head: its number.
+        sigma: scale of all of its splats.
+        teacher_entropy: of exact attention, normalised: 1 is equal weights.
+        entropy_target: the same, moved into `ENTROPY_BAND`.
+        entropy: that sigma reaches, with everything seen through the splats.
+        inertia: mean squared distance of a midpoint from the nearest centre.
+        usage: how many splats the far keys use, as a perplexity between 1 and S.
+        dead_splats: how many carry less than a hundredth of an equal share.
+        far_gain: the term of that name, or None if the configuration leaves it out.
+    """
+
+    layer: int
+    head: int
+    sigma: float
+    teacher_entropy: float
+    entropy_target: float
+    entropy: float
+    inertia: float
+    usage: float
+    dead_splats: int
+    far_gain: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class FitReport:
+    """What was fitted to what: the text file's name, how many of its tokens, the seed, and each head."""
+
+    text: str
+    tokens: int
+    seed: int
+    splats: SplatConfig
+    heads: tuple[HeadFit, ...]
+
+
+def fit_init(
+    folder: str | Path,
+    out: str | Path,
+    text: str | Path,
+    *,
+    splats: SplatConfig | None = None,
+    seed: int = 0,
+    tokens: int = 32768,
+    progress: Progress = iter,
+) -> FitReport:
+    """Writes a checkpoint whose splats start at what the exact model does on a text; all or nothing.
+
+    What a head's splat s makes of a query and a key is
+
+        phi_s(q) phi_s(k) = exp(-|q - k|^2 / (4 sigma^2)) exp(-|c_s - (q + k) / 2|^2 / sigma^2)
+
+    so a splat is of use to pairs that have it between them: centres are clusters of the midpoints of pairs that exact
+    attention draws together. Where they are dense, the sum over them is the first factor. A `norm_gain` starts at
+    1 / (4 sigma^2), which makes that exp(q . k / (2 sigma^2)): exact attention's exp(q . k) if sigma^2 is 1/2.
+
+    One sigma, shared by a head's splats, gives attention through them alone the mean entropy that the exact attention
+    has. A `far_gain` gives far keys the mass that they have there. Log-amplitudes start at 0.
+
+    Args:
+        folder: a checkpoint, with splats, which are replaced, or without.
+        out: the checkpoint folder to make; must not exist.
+        text: UTF-8 file of documents, as `gsa_jax.text` reads them.
+        splats: what to attach; as the checkpoint has them if None, or the preset `hybrid` if it has none.
+        seed: of the clusters and of the rows that are looked at; the same seed gives the same bits.
+        tokens: of the text to use, at most one window more.
+        progress: wraps the names of the layers.
+
+    Raises:
+        InputError: the checkpoint or the text cannot be used, or the output cannot be written. Nothing is left behind.
+    """
+    folder, out, text = Path(folder), Path(out), Path(text)
+    refuse_existing(out)
+    stored, tensors = load_tensors(folder)
+    config = dataclasses.replace(stored, splats=splats or default_splats(stored))
+    assert config.splats is not None
+    if config.splats.num_splats == 0:
+        raise InputError("num_splats = 0 leaves nothing to fit; give at least one splat per head")
+    input_ids, mask = calibration_tokens(folder, text, config, tokens)
+    plain, kept = without_splats(config, tensors)
+    fitted: dict[str, np.ndarray] = {}
+    heads: list[HeadFit] = []
+    layers = fit_layers(build_model(plain, kept), config, input_ids, mask, seed)
+    for _ in progress([f"layer {layer}" for layer in config.splat_layers]):
+        layer, layer_splats, layer_heads = next(layers)
+        for term in dataclasses.fields(layer_splats):
+            array = getattr(layer_splats, term.name)
+            if array is not None:
+                fitted[attention_tensor(layer, f"splat_{term.name}")] = np.asarray(array)
+        heads.extend(layer_heads)
+    report = FitReport(text.name, int(mask.sum()), seed, config.splats, tuple(heads))
+    conversion = [folder / REPORT_FILE] if (folder / REPORT_FILE).is_file() else []
+    reports = {FIT_REPORT_FILE: dataclasses.asdict(report)}
+    save(out, config, kept | fitted, copied=[*tokenizer_files(folder), *conversion], reports=reports)
+    return report
+
+
+def default_splats(config: GPTNeoConfig) -> SplatConfig:
+    """What is fitted if nobody says: the splats that the model has, or the preset `hybrid` if it has none."""
+    return config.splats or SPLAT_PRESETS["hybrid"]
+
+
+def fit_layers(
+    model: GPTNeoForCausalLM,
+    config: GPTNeoConfig,
+    input_ids: Int[np.ndarray, "N T"],
+    attention_mask: Bool[np.ndarray, "N T"],
+    seed: int,
+) -> Iterator[tuple[int, Splats, list[HeadFit]]]:
+    """Splats, float32, and the report of one layer after another.
+
+    Args:
+        model: with exact attention.
+        config: the configuration that the splats are for.
+
+    Raises:
+        InputError: there are fewer queries and keys than splats, or the model computes numbers that are not finite.
+    """
+    assert config.splats is not None
+    sample = sample_rows(attention_mask, seed)
+    for layer, query, key in queries_and_keys(model, input_ids, attention_mask, config.splat_layers):
+        if not (np.isfinite(query[attention_mask]).all() and np.isfinite(key[attention_mask]).all()):
+            raise InputError(f"layer {layer}: queries or keys are not finite; the checkpoint's weights are damaged")
+        seen = model.config.windows[layer]
+        draws, starts = jax.random.split(jax.random.fold_in(jax.random.key(seed), layer))
+        midpoints = attended_midpoints(draws, query, key, attention_mask, seen=seen)[attention_mask]
+        centers, inertia = kmeans(starts, midpoints.swapaxes(0, 1), config.splats.num_splats)
+        rows = take_rows(sample, query, key, attention_mask)
+        splats, heads = _fit_layer(layer, rows, centers, np.asarray(inertia), seen, config.splats)
+        yield layer, splats, heads
+
+
+def _fit_layer(
+    layer: int,
+    rows: AttentionRows,
+    centers: Float[Array, "H S D"],
+    inertia: Float[np.ndarray, "H"],
+    seen: Window,
+    config: SplatConfig,
+) -> tuple[Splats, list[HeadFit]]:
+    """Scales and optional terms for centres."""
+
+    def at_scale(log_scale: np.ndarray) -> Splats:
+        log_scales = jnp.broadcast_to(jnp.asarray(log_scale, jnp.float32)[:, None], centers.shape[:2])
+        return Splats(
+            centers,
+            log_scales,
+            log_amplitudes=jnp.zeros_like(log_scales) if config.log_amplitudes else None,
+            norm_gain=jnp.exp(-2 * log_scales[:, 0]) / 4 if config.norm_gain else None,
+        )
+
+    def entropy(log_scale: np.ndarray) -> np.ndarray:
+        return np.asarray(splat_statistics(rows, at_scale(log_scale), window=0).entropy)
+
+    window = 0 if config.window == "all" else config.window
+    teacher = jax.tree.map(np.asarray, exact_statistics(rows, window=window, seen=seen))
+    target = np.clip(teacher.entropy, *ENTROPY_BAND)
+    norm = jnp.sqrt(jnp.mean(jnp.sum(rows.query**2, axis=-1), axis=(0, 1)))
+    log_scale = _bisect(entropy, target, *(np.log(bound * np.asarray(norm)) for bound in _SCALE_RANGE))
+    splats, reached = at_scale(log_scale), entropy(log_scale)
+    if config.far_gain:
+        splats = dataclasses.replace(splats, far_gain=_far_gain(rows, splats, teacher.far_mass, window))
+    usage = np.asarray(splat_statistics(rows, splats, window=window).usage)
+    columns = (
+        np.exp(log_scale),
+        teacher.entropy,
+        target,
+        reached,
+        inertia,
+        effective_splats(usage),
+        dead_splats(usage),
+        np.full(len(centers), None) if splats.far_gain is None else np.asarray(splats.far_gain),
+    )
+    values = zip(*(column.tolist() for column in columns), strict=True)
+    return splats, [HeadFit(layer, head, *of_head) for head, of_head in enumerate(values)]
+
+
+def _far_gain(
+    rows: AttentionRows, splats: Splats, teacher_mass: Float[np.ndarray, "H"], window: int
+) -> Float[Array, "H"]:
+    """The gain that gives far keys the mass they have in exact attention; 0 where nothing is near, or nothing far."""
+    if window == 0:
+        return jnp.zeros(teacher_mass.shape)
+
+    def mass(gain: np.ndarray) -> np.ndarray:
+        gained = dataclasses.replace(splats, far_gain=jnp.asarray(gain, jnp.float32))
+        return np.asarray(splat_statistics(rows, gained, window=window).far_mass)
+
+    low, high = (np.full(teacher_mass.shape, bound) for bound in _GAIN_RANGE)
+    most = mass(high)  # not 1: many rows have no far key
+    least_share, most_share = _FAR_SHARE_BAND
+    gain = _bisect(mass, np.clip(teacher_mass, least_share * most, most_share * most), low, high)
+    return jnp.asarray(np.where(most > 0, gain, 0), jnp.float32)
+
+
+def _bisect(
+    reached: Callable[[np.ndarray], np.ndarray], target: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> np.ndarray:
+    """Where `reached`, which rises from below `target` to above it, crosses `target`; one search per element."""
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        below = reached(middle) < target
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return (low + high) / 2

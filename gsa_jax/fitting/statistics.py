@@ -1,0 +1,252 @@
+"""What attention does on real text: the exact model's queries and keys, and statistics of sampled rows of attention.
+
+May be changed here: which tokens and rows are looked at, and what is measured on a row. `placing` chooses splats by
+these numbers, `diagnosis` reports them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from gsa_jax.checkpoint import load_tokenizer
+from gsa_jax.config import GPTNeoConfig
+from gsa_jax.errors import InputError
+from gsa_jax.model import GPTNeoForCausalLM
+from gsa_jax.ops import Splats, Window
+from gsa_jax.ops.segments import positions_from_mask
+from gsa_jax.ops.state import key_features, query_features
+from gsa_jax.text import read_documents, text_rows
+
+_SEQUENCES = 16
+_ROWS_PER_SEQUENCE = 32
+_DOCUMENTS_AT_ONCE = 64
+_DEAD_SHARE = 0.01
+
+
+def calibration_tokens(
+    folder: Path, text: Path, config: GPTNeoConfig, tokens: int
+) -> tuple[Int[np.ndarray, "N T"], Bool[np.ndarray, "N T"]]:
+    """The first windows of a text that hold `tokens` tokens together, or all there are; ids and mask, right-padded.
+
+    Raises:
+        InputError: the text or the checkpoint's tokenizer cannot be read.
+    """
+    documents, tokenizer = read_documents(text), load_tokenizer(folder)
+    parts, found = [], 0
+    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+        parts.append(text_rows(documents[start : start + _DOCUMENTS_AT_ONCE], tokenizer, config))
+        found += int(parts[-1].attention_mask.sum())
+        if found >= tokens:
+            break
+    input_ids = np.concatenate([part.input_ids for part in parts])
+    mask = np.concatenate([part.attention_mask for part in parts])
+    lengths = mask.sum(axis=1)
+    count = int(np.searchsorted(np.cumsum(lengths), tokens)) + 1
+    longest = lengths[:count].max()
+    return input_ids[:count, :longest], mask[:count, :longest]
+
+
+def queries_and_keys(
+    model: GPTNeoForCausalLM,
+    input_ids: Int[np.ndarray, "N T"],
+    attention_mask: Bool[np.ndarray, "N T"],
+    layers: tuple[int, ...],
+) -> Iterator[tuple[int, Float[Array, "N T H D"], Float[Array, "N T H D"]]]:
+    """Layer by layer, the queries and keys of a text, float32; memory holds one layer's at a time."""
+    transformer, mask = model.transformer, jnp.asarray(attention_mask)
+    hidden_states = transformer.embed(jnp.asarray(input_ids), positions_from_mask(mask))
+    for number, block in enumerate(transformer.h):
+        split = nnx.split(block)
+        if number in layers:
+            yield number, *_project(*split, hidden_states)
+        if number == max(layers):
+            return
+        hidden_states = _advance(*split, hidden_states, mask)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _project(graphdef: nnx.GraphDef, state: nnx.State, hidden_states: jax.Array) -> tuple[jax.Array, jax.Array]:
+    block = nnx.merge(graphdef, state)
+    query, key, _ = block.attn.attention.project(block.ln_1(hidden_states))
+    return query.astype(jnp.float32), key.astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _advance(graphdef: nnx.GraphDef, state: nnx.State, hidden_states: jax.Array, mask: jax.Array) -> jax.Array:
+    block = nnx.merge(graphdef, state)
+    return jax.lax.map(lambda sequence: block(sequence[0][None], sequence[1][None])[0][0], (hidden_states, mask))
+
+
+@functools.partial(jax.jit, static_argnames="seen")
+def attended_midpoints(
+    draws: jax.Array,
+    query: Float[Array, "N T H D"],
+    key: Float[Array, "N T H D"],
+    attention_mask: Bool[Array, "N T"],
+    *,
+    seen: Window,
+) -> Float[Array, "N T H D"]:
+    """The middle between each query and one key, drawn as exact attention over the last `seen` tokens weighs them."""
+
+    def sequence(of_sequence: tuple[jax.Array, ...]) -> jax.Array:
+        draws, query, key, valid = of_sequence
+        rows = AttentionRows(query, key, jnp.arange(len(query)), valid)
+        distance, causal = _distances(rows)
+        visible = causal if seen == "all" else causal & (distance < seen)
+        drawn = jax.random.categorical(draws, jnp.where(visible, _near_scores(rows), -jnp.inf)).T
+        return (query + jnp.take_along_axis(key, drawn[:, :, None], axis=0)) / 2
+
+    return jax.lax.map(sequence, (jax.random.split(draws, len(query)), query, key, attention_mask))
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSample:
+    """Which rows of attention to look at: tokens `rows[n]` of the sequences `sequences[n]`."""
+
+    sequences: Int[np.ndarray, "N"]
+    rows: Int[np.ndarray, "N R"]
+
+
+def sample_rows(attention_mask: Bool[np.ndarray, "N T"], seed: int) -> RowSample:
+    """Draws tokens that have a token before them, from long sequences more often than from short ones.
+
+    Raises:
+        InputError: no sequence holds two tokens.
+    """
+    draws = np.random.default_rng(seed)
+    followers = [np.flatnonzero(mask)[1:] for mask in attention_mask]
+    sizes = np.array([rows.size for rows in followers])
+    if not sizes.any():
+        raise InputError("no document holds two tokens; give longer text")
+    count = min(_SEQUENCES, np.count_nonzero(sizes))
+    sequences = np.sort(draws.choice(len(sizes), count, replace=False, p=sizes / sizes.sum()))
+    rows = [np.sort(draws.choice(followers[sequence], _ROWS_PER_SEQUENCE)) for sequence in sequences]
+    return RowSample(sequences, np.stack(rows))
+
+
+@no_type_check  # a pytree also holds shapes
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["query", "key", "row", "valid"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class AttentionRows:
+    """Sampled rows of one layer's attention: R queries of each of N sequences, and all keys of these sequences.
+
+    Attributes:
+        row: slots of the queries.
+        valid: which keys are tokens.
+    """
+
+    query: Float[Array, "N R H D"]
+    key: Float[Array, "N T H D"]
+    row: Int[Array, "N R"]
+    valid: Bool[Array, "N T"]
+
+
+def take_rows(
+    sample: RowSample,
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B T H D"],
+    attention_mask: Bool[np.ndarray, "B T"],
+) -> AttentionRows:
+    """The sampled rows of these queries and keys."""
+    sequences = sample.sequences
+    return AttentionRows(
+        query=query[sequences[:, None], sample.rows],
+        key=key[sequences],
+        row=jnp.asarray(sample.rows),
+        valid=jnp.asarray(attention_mask[sequences]),
+    )
+
+
+@no_type_check  # a pytree also holds shapes
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["entropy", "far_mass", "usage"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class RowStatistics:
+    """Of each head's attention, over sampled rows.
+
+    Attributes:
+        entropy: mean of a row's entropy divided by its maximum, the logarithm of how many keys it sees.
+        far_mass: mean weight that a row gives to keys `window` or more slots before it.
+        usage: share of each splat in all of the weight that goes through splats; sums to 1. None for exact attention.
+    """
+
+    entropy: Float[Array, "H"]
+    far_mass: Float[Array, "H"]
+    usage: Float[Array, "H S"] | None
+
+
+@functools.partial(jax.jit, static_argnames=("window", "seen"))
+def exact_statistics(rows: AttentionRows, *, window: int, seen: Window) -> RowStatistics:
+    """Of exact attention that sees the last `seen` tokens; `window` says from where a key is far."""
+
+    def sequence(rows: AttentionRows) -> tuple[jax.Array, jax.Array]:
+        distance, causal = _distances(rows)
+        visible = causal if seen == "all" else causal & (distance < seen)
+        log_weights = jax.nn.log_softmax(jnp.where(visible, _near_scores(rows), -jnp.inf), axis=-1)
+        return _normalised_entropy(log_weights, causal), _mass(log_weights, distance >= window)
+
+    entropy, far_mass = jax.lax.map(sequence, rows)
+    return RowStatistics(jnp.mean(entropy, axis=(0, 2)), jnp.mean(far_mass, axis=(0, 2)), None)
+
+
+@functools.partial(jax.jit, static_argnames="window")
+def splat_statistics(rows: AttentionRows, splats: Splats, *, window: int) -> RowStatistics:
+    """Of attention that is exact inside the window and goes through splats beyond it."""
+
+    def sequence(rows: AttentionRows) -> tuple[jax.Array, jax.Array, jax.Array]:
+        distance, causal = _distances(rows)
+        query = jax.vmap(query_features, (0, 1))(splats, rows.query)
+        key = jax.vmap(key_features, (0, 1, None))(splats, rows.key, rows.valid)
+        joint = query[:, :, None, :] + key[:, None, :, :]  # [H, R, T, S]
+        scores = jnp.where(distance < window, _near_scores(rows), jax.nn.logsumexp(joint, axis=-1))
+        scores = jnp.where(causal, scores, -jnp.inf)
+        normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+        far = causal & (distance >= window)
+        through = jnp.where(far[:, :, None], jnp.exp(joint - normaliser[..., None]), 0)
+        log_weights = scores - normaliser
+        return _normalised_entropy(log_weights, causal), _mass(log_weights, far), jnp.sum(through, axis=(1, 2))
+
+    entropy, far_mass, usage = jax.lax.map(sequence, rows)
+    usage = jnp.sum(usage, axis=0)
+    usage /= jnp.maximum(jnp.sum(usage, axis=-1, keepdims=True), jnp.finfo(usage.dtype).tiny)
+    return RowStatistics(jnp.mean(entropy, axis=(0, 2)), jnp.mean(far_mass, axis=(0, 2)), usage)
+
+
+def _distances(rows: AttentionRows) -> tuple[jax.Array, jax.Array]:
+    """`[R, T]`: how many slots a key lies before a query, and whether the query may see it."""
+    distance = rows.row[:, None] - jnp.arange(rows.key.shape[0])
+    return distance, (distance >= 0) & rows.valid
+
+
+def _near_scores(rows: AttentionRows) -> jax.Array:
+    return jnp.einsum("rhd,thd->hrt", rows.query, rows.key, precision=jax.lax.Precision.HIGHEST)
+
+
+def _normalised_entropy(log_weights: jax.Array, causal: jax.Array) -> jax.Array:
+    weights = jnp.exp(log_weights)
+    entropy = -jnp.sum(jnp.where(weights > 0, weights * log_weights, 0), axis=-1)
+    return entropy / jnp.log(jnp.sum(causal, axis=-1))
+
+
+def _mass(log_weights: jax.Array, keys: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(keys, jnp.exp(log_weights), 0), axis=-1)
+
+
+def effective_splats(usage: Float[np.ndarray, "H S"]) -> Float[np.ndarray, "H"]:
+    """Perplexity of each head's usage: between 1, one splat does everything, and S; 0 if nothing goes through them."""
+    logs = np.log(usage, out=np.zeros_like(usage), where=usage > 0)
+    return np.where(usage.sum(axis=-1) > 0, np.exp(-(usage * logs).sum(axis=-1)), 0.0)
+
+
+def dead_splats(usage: Float[np.ndarray, "H S"]) -> Int[np.ndarray, "H"]:
+    """How many of each head's splats carry less than a hundredth of an equal share."""
+    return (usage < _DEAD_SHARE / usage.shape[-1]).sum(axis=-1)

@@ -1,0 +1,55 @@
+"""What runs inside of `jit` on a mesh of devices: which arrays are kept where.
+
+May be changed here: what the compiler is told about arrays on a mesh. Without a mesh these functions do nothing. Which
+mesh there is, and where parameters live, is `gsa_jax.sharding`.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+R = TypeVar("R")
+
+MESH_AXES = ("data", "fsdp", "tensor")
+"""Rows of the batch; rows of the batch and one side of each matrix; heads with their splats, and the MLP's width."""
+
+BATCH = P(("data", "fsdp"))
+"""Of an array whose first axis is the rows of a batch."""
+
+ROWS_AND_HEADS = P(("data", "fsdp"), "tensor")
+TOKENS_AND_HEADS = P(("data", "fsdp"), None, "tensor")
+HEADS = P("tensor")
+"""Of arrays `[B, H, ...]`, `[B, T, H, ...]` and `[H, ...]`."""
+
+
+def keep_rows_apart(x: Array) -> Array:
+    """Tells the compiler that an array `[B, ...]` is cut along its rows and nowhere else.
+
+    For the hidden states between blocks: each device then gathers the weights of a block and keeps its own rows.
+    Without this, the compiler gathers rows instead, and adds up partial logits of the whole batch.
+    """
+    return jax.lax.with_sharding_constraint(x, BATCH) if _on_mesh() else x
+
+
+def keep_whole(x: Array) -> Array:
+    """Tells the compiler that every device has all of this array."""
+    return jax.lax.with_sharding_constraint(x, P()) if _on_mesh() else x
+
+
+def per_rows_and_heads(function: Callable[..., R], in_specs: Any, out_specs: Any) -> Callable[..., R]:
+    """Runs a function on each device's own rows and heads; devices exchange nothing meanwhile.
+
+    Without this, the compiler makes devices agree on a branch, and adds up gradients of what they share, at every step
+    of a loop.
+    """
+    if not _on_mesh():
+        return function
+    # With `check_vma`, gradients of what is shared would be added up at each use of it, inside of loops.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _on_mesh() -> bool:
+    return set(MESH_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)

@@ -1,0 +1,124 @@
+"""Which tokens of a row belong together: padding, one document, or several documents packed one after another.
+
+Two masks come from outside: `attention_mask` says what is a token, `segment_ids` to which document it belongs. Inside
+of `gsa_jax.ops` they are one array, the segments of a row: 0 for padding, else the number of the token's document,
+which never falls along the row. A row without `segment_ids` is one document, number 1.
+
+May be changed here: how masks are checked and joined, and how chunks keep documents apart.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Int
+
+from gsa_jax.errors import InputError
+
+
+def token_mask(attention_mask: ArrayLike | None, shape: tuple[int, ...]) -> Bool[Array, "B T"]:
+    """The mask as bools; all True for None.
+
+    Args:
+        attention_mask: bools or Hugging Face's integers, `[B, T]`: 1 for a token, 0 for padding.
+        shape: `(B, T)`.
+
+    Raises:
+        InputError: it has another shape or dtype, or holds other numbers (which can be seen only outside of `jit`).
+    """
+    if attention_mask is None:
+        return jnp.ones(shape, bool)
+    mask = attention_mask if isinstance(attention_mask, jax.Array) else np.asarray(attention_mask)
+    if mask.shape != shape or not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
+        raise InputError(
+            f"attention_mask is {mask.dtype}{list(mask.shape)}; give {list(shape)} bools, or integers that are 1 for "
+            "tokens and 0 for padding"
+        )
+    if mask.dtype != bool and not isinstance(mask, Tracer):
+        others = set(np.unique(np.asarray(mask)).tolist()) - {0, 1}
+        if others:
+            raise InputError(
+                f"attention_mask holds {min(others)}; give 1 for tokens and 0 for padding, and numbers of documents as "
+                "segment_ids"
+            )
+    return jnp.asarray(mask != 0)
+
+
+def check_segment_ids(segment_ids: ArrayLike, shape: tuple[int, ...]) -> Int[Array, "B T"]:
+    """Numbers of documents as int32.
+
+    Raises:
+        InputError: they have another shape or dtype, are negative, or fall along a row (which can be seen only outside
+            of `jit`).
+    """
+    numbers = segment_ids if isinstance(segment_ids, jax.Array) else np.asarray(segment_ids)
+    if numbers.shape != shape or not jnp.issubdtype(numbers.dtype, jnp.integer):
+        raise InputError(
+            f"segment_ids is {numbers.dtype}{list(numbers.shape)}; give integers of shape {list(shape)}, the number of "
+            "each token's document"
+        )
+    if not isinstance(numbers, Tracer):
+        known = np.asarray(numbers)
+        reached = np.maximum.accumulate(known, axis=1)
+        if np.any((known != 0) & (known != reached)) or np.any(known < 0):
+            raise InputError("segment_ids fall along a row; number documents 1, 2, ... and padding 0")
+    return jnp.asarray(numbers).astype(jnp.int32)
+
+
+def join_masks(attention_mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
+    """The segments of rows, as the rest of `gsa_jax.ops` takes them."""
+    return jnp.where(attention_mask, 1 if segment_ids is None else segment_ids, 0).astype(jnp.int32)
+
+
+def positions_from_mask(
+    attention_mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+) -> Int[Array, "B T"]:
+    """Position of each token among the tokens of its document, from 0.
+
+    Padding has the position of the token before it, or 0; nothing looks at it.
+    """
+    segments = join_masks(attention_mask, segment_ids)
+    tokens = jnp.cumsum(segments != 0, axis=1, dtype=jnp.int32)
+    reached = jax.lax.cummax(segments, axis=1)
+    begins = (segments != 0) & (reached != jnp.pad(reached[:, :-1], [(0, 0), (1, 0)]))
+    return jnp.maximum(tokens - jax.lax.cummax(jnp.where(begins, tokens, 1), axis=1), 0)
+
+
+def visible(queries: Int[Array, "*rows T"], keys: Int[Array, "*rows K"]) -> Bool[Array, "*rows T K"]:
+    """Whether a query may see a key, at whatever distance: both are tokens of the same document."""
+    return (queries[..., :, None] == keys[..., None, :]) & (keys != 0)[..., None, :]
+
+
+class Reached(NamedTuple):
+    """How far the keys that left the window have come, at each slot of a chunk of a row.
+
+    Documents never fall along a row, so of all keys that left the window a token can read those of one document alone:
+    the one that they have reached.
+
+    Attributes:
+        document: the number of that document; 1 before the first key.
+        has_key: whether a key of it has left the window since the beginning of the chunk.
+        first: slot of the chunk at which the first one of these did; anything if there is none.
+        goes_on: whether the keys before the chunk had reached it already, so that the sums are of it.
+    """
+
+    document: Int[Array, "*B T"]
+    has_key: Bool[Array, "*B T"]
+    first: Int[Array, "*B T"]
+    goes_on: Bool[Array, "*B T"]
+
+
+def reached_by(left: Int[Array, "T"], before: Int[Array, ""]) -> Reached:
+    """Of the segments of the keys that leave the window at each slot, 0 where there is none.
+
+    Args:
+        before: the document that the keys before the chunk had reached.
+    """
+    so_far = jax.lax.cummax(left)
+    document = jnp.maximum(so_far, before)
+    is_first = left > jnp.pad(so_far[:-1], (1, 0))
+    first = jax.lax.cummax(jnp.where(is_first, jnp.arange(len(left)), 0))
+    return Reached(document, so_far == document, first, document == before)

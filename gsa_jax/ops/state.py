@@ -1,0 +1,192 @@
+"""What attention through splats is given (`Splats`) and what it carries from token to token (`SplatState`).
+
+May be changed here: the parameters, the layout of the state, and how Gaussian log features are computed. Every
+implementation of `splat_attention` reads and writes the same state, so a prefill by one can be continued by another.
+
+Functions here are of one head of one row, unless their arrays begin with `B H`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+FLOOR = -1e30
+"""Below every score. Finite, so that differences between maxima over nothing are numbers; an unseen key's own score is
+-inf, and its weight exactly 0."""
+
+
+@no_type_check  # a pytree also holds axes, shapes and shardings
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["centers", "log_scales", "log_amplitudes", "norm_gain", "far_gain"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Splats:
+    """Gaussian splats of one layer; of one head without the first axis.
+
+    Attributes:
+        centers: c_s.
+        log_scales: log(sigma_s), isotropic.
+        log_amplitudes: log(a_s); `None` means 0.
+        norm_gain: beta, the weight of `|query|^2 + |key|^2` in the far score; `None` means 0.
+        far_gain: lambda, added to each far score; `None` means 0.
+    """
+
+    centers: Float[Array, "*H S D"]
+    log_scales: Float[Array, "*H S"]
+    log_amplitudes: Float[Array, "*H S"] | None = None
+    norm_gain: Float[Array, "*H"] | None = None
+    far_gain: Float[Array, "*H"] | None = None
+
+    def complete(self, dtype: jax.typing.DTypeLike) -> Splats:
+        """The same in this dtype, with zeros in place of every `None`."""
+        per_splat, per_head = jnp.zeros_like(self.log_scales), jnp.zeros(self.log_scales.shape[:-1])
+        filled = Splats(
+            self.centers,
+            self.log_scales,
+            per_splat if self.log_amplitudes is None else self.log_amplitudes,
+            per_head if self.norm_gain is None else self.norm_gain,
+            per_head if self.far_gain is None else self.far_gain,
+        )
+        return jax.tree.map(lambda x: x.astype(dtype), filled)
+
+
+def no_splats(heads: int, head_dim: int) -> Splats:
+    """S = 0: attention inside the window alone."""
+    return Splats(jnp.zeros((heads, 0, head_dim)), jnp.zeros((heads, 0)))
+
+
+@no_type_check
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["key", "value", "valid", "kv", "kv_rest", "z", "z_rest", "m", "length"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class SplatState:
+    """The past, in constant size: the window exactly, everything older as sums over each splat.
+
+    A key that left the window has, for splat s, the log feature `f = log phi_s(key) + |c_s|^2 / (2 sigma_s^2) +
+    beta |key|^2` (what all keys of a splat share is counted with the query, where it costs no precision).
+
+    Attributes:
+        key: the last W keys; the token at slot t lies at index `t % W`. Padding is stored as zeros.
+        value: their values.
+        valid: which of them are tokens: not padding, and already written.
+        kv: sum of `exp(f - m) value` over the keys that left the window.
+        kv_rest: what rounding has so far left out of `kv`. Without it, the sum over a million tokens is wrong by up to
+            percents, because each addition to a large sum is rounded the same way.
+        z: sum of `exp(f - m)`.
+        z_rest: what rounding has left out of `z`.
+        m: maximum of f, one per splat because splats' features may lie hundreds apart; `FLOOR` before the first key.
+        length: slots seen so far, padding included.
+    """
+
+    key: Float[Array, "*BH W D"]
+    value: Float[Array, "*BH W D"]
+    valid: Bool[Array, "*B W"]
+    kv: Float[Array, "*BH S D"]
+    kv_rest: Float[Array, "*BH S D"]
+    z: Float[Array, "*BH S"]
+    z_rest: Float[Array, "*BH S"]
+    m: Float[Array, "*BH S"]
+    length: Int[Array, ""]
+
+
+STATE_HEADS = SplatState(key=0, value=0, valid=None, kv=0, kv_rest=0, z=0, z_rest=0, m=0, length=None)  # type: ignore[arg-type]
+STATE_ROWS = dataclasses.replace(STATE_HEADS, valid=0)
+"""Axes over which `jax.vmap` maps the state of a row to its heads, and of a batch to its rows."""
+
+
+def init_splat_state(splats: Splats, batch: int, window: int, dtype: jax.typing.DTypeLike) -> SplatState:
+    """The state before the first token, for keys and values of `dtype`; the sums are float32 at least."""
+    heads, num_splats, head_dim = splats.centers.shape
+    wide = jnp.promote_types(dtype, jnp.float32)
+    kv = jnp.zeros((batch, heads, num_splats, head_dim), wide)
+    z = jnp.zeros((batch, heads, num_splats), wide)
+    return SplatState(
+        key=jnp.zeros((batch, heads, window, head_dim), dtype),
+        value=jnp.zeros((batch, heads, window, head_dim), dtype),
+        valid=jnp.zeros((batch, window), bool),
+        kv=kv,
+        kv_rest=kv,
+        z=z,
+        z_rest=z,
+        m=jnp.full_like(z, FLOOR),
+        length=jnp.zeros((), jnp.int32),
+    )
+
+
+def roll_window(state: SplatState, shift: int | Int[Array, ""]) -> SplatState:
+    """Turns the ring of a state `[B, H, ...]`: by `-length` into the order of time, by `length` back."""
+    return dataclasses.replace(
+        state,
+        key=jnp.roll(state.key, shift, axis=2),
+        value=jnp.roll(state.value, shift, axis=2),
+        valid=jnp.roll(state.valid, shift, axis=1),
+    )
+
+
+def without_padding(x: Float[Array, "T D"], segments: Int[Array, "T"]) -> Float[Array, "T D"]:
+    """Zeros in place of whatever padding holds: no `0 * inf` can come from it."""
+    return jnp.where((segments != 0)[:, None], x, 0)
+
+
+def append_to_window(
+    state: SplatState, key: Float[Array, "T D"], value: Float[Array, "T D"], segments: Int[Array, "T"]
+) -> SplatState:
+    """Moves a window that is in the order of time on by T slots without padding; the sums stay as they are."""
+    length, window = len(key), len(state.key)
+    new = min(length, window)
+    key, value, valid = (x[length - new :] for x in (key, value, segments != 0))
+    return dataclasses.replace(
+        state,
+        key=jnp.concatenate([state.key[new:], key]),
+        value=jnp.concatenate([state.value[new:], value]),
+        valid=jnp.concatenate([state.valid[new:], valid]),
+        length=state.length + length,
+    )
+
+
+def compensated(total: Array, rest: Array, kept: Array, new: Array) -> tuple[Array, Array]:
+    """`kept * (total + rest) + new` as a float and what its rounding left out, to be added the next time.
+
+    Kahan (1965), "Further remarks on reducing truncation errors".
+    """
+    total, new = kept * total, new + kept * rest
+    result = total + new
+    return result, jax.lax.stop_gradient(new - (result - total))
+
+
+def query_features(splats: Splats, query: Float[Array, "T D"]) -> Float[Array, "T S"]:
+    """`log phi_s(query)` and all that does not depend on the key; plus a key's `f`, the far score through one splat."""
+    splats = splats.complete(query.dtype)
+    inverse_variance = jnp.exp(-2 * splats.log_scales)
+    shared = -inverse_variance * jnp.sum(jnp.square(splats.centers), axis=-1)
+    return _log_gaussians(splats, query) + (shared + splats.log_amplitudes + splats.far_gain)
+
+
+def key_features(splats: Splats, key: Float[Array, "T D"], valid: Bool[Array, "T"]) -> Float[Array, "T S"]:
+    """`f` of `SplatState`; -inf for keys that are not there."""
+    return jnp.where(valid[:, None], _log_gaussians(splats.complete(key.dtype), key), -jnp.inf)
+
+
+def _log_gaussians(splats: Splats, x: Float[Array, "T D"]) -> Float[Array, "T S"]:
+    """`x . c_s / sigma_s^2 + (beta - 1 / (2 sigma_s^2)) |x|^2`.
+
+    A matrix product instead of differences `x - c_s`: it is fast everywhere, and far centres or a beta near
+    `1 / (2 sigma^2)` leave the small remainder that matters without rounding the large terms that cancel.
+    """
+    inverse_variance = jnp.exp(-2 * splats.log_scales)
+    directions = splats.centers * inverse_variance[:, None]
+    # A TPU would otherwise multiply in bfloat16, and these are exponents.
+    projections = jnp.matmul(x, directions.T, precision=jax.lax.Precision.HIGHEST)
+    assert splats.norm_gain is not None, "splats are complete"
+    return projections + (splats.norm_gain - inverse_variance / 2) * jnp.sum(jnp.square(x), axis=-1, keepdims=True)

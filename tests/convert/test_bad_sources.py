@@ -1,0 +1,380 @@
+"""Bad input: one line on stderr that names the thing, exit code 2, and nothing left behind."""
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gsa_jax import SplatConfig
+from gsa_jax.convert import convert
+from helpers.hf_folders import (
+    GSA,
+    read_safetensors,
+    splat_tensors,
+    tiny_config,
+    tiny_tensors,
+    write_bin_folder,
+    write_folder,
+    write_sharded_folder,
+)
+
+WTE = "transformer.wte.weight"
+C_FC = "transformer.h.1.mlp.c_fc.weight"
+
+
+class Stranger:
+    """Something that an unpickler must not build."""
+
+
+def tensors_with(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    return tiny_tensors() | {name: tensor}
+
+
+def first_element(name: str, value: float) -> dict[str, torch.Tensor]:
+    tensors = tiny_tensors()
+    tensors[name].view(-1)[0] = value
+    return tensors
+
+
+# Each of these makes a source folder and returns what the message has to name.
+
+
+def no_folder(source: Path) -> list[object]:
+    return [source, "no such folder"]
+
+
+def a_file(source: Path) -> list[object]:
+    source.write_text("weights")
+    return [source, "is a file"]
+
+
+def empty_folder(source: Path) -> list[object]:
+    source.mkdir()
+    return [source / "config.json", "no such file"]
+
+
+def no_weights(source: Path) -> list[object]:
+    (write_folder(source) / "model.safetensors").unlink()
+    return [source, "no weights"]
+
+
+def config_is_a_folder(source: Path) -> list[object]:
+    (write_folder(source) / "config.json").unlink()
+    (source / "config.json").mkdir()
+    return [source / "config.json", "cannot be read"]
+
+
+def truncated(source: Path) -> list[object]:
+    file = write_folder(source) / "model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    return [file, "truncated"]
+
+
+def header_truncated(source: Path) -> list[object]:
+    os.truncate(write_folder(source) / "model.safetensors", 100)
+    return [source / "model.safetensors", "truncated"]
+
+
+def corrupt(source: Path) -> list[object]:
+    (write_folder(source) / "model.safetensors").write_bytes(os.urandom(5000))
+    return [source / "model.safetensors", "not a safetensors file"]
+
+
+def corrupt_header(source: Path) -> list[object]:
+    file = write_folder(source) / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:8] + b"]" + data[9:])
+    return [file, "not a safetensors file"]
+
+
+def no_tensors(source: Path) -> list[object]:
+    header = b"{}      "
+    (write_folder(source) / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    return [source, "no tensors"]
+
+
+def empty_file(source: Path) -> list[object]:
+    (write_folder(source) / "model.safetensors").write_bytes(b"")
+    return [source / "model.safetensors", "empty"]
+
+
+def empty_bin(source: Path) -> list[object]:
+    (write_bin_folder(source, {}) / "pytorch_model.bin").write_bytes(b"")
+    return [source / "pytorch_model.bin", "empty"]
+
+
+def truncated_bin(source: Path) -> list[object]:
+    file = write_bin_folder(source, tiny_tensors()) / "pytorch_model.bin"
+    os.truncate(file, file.stat().st_size // 2)
+    return [file, "truncated"]
+
+
+def truncated_legacy_bin(source: Path) -> list[object]:
+    file = write_bin_folder(source, tiny_tensors(), legacy=True) / "pytorch_model.bin"
+    os.truncate(file, file.stat().st_size // 2)
+    return [file, "truncated"]
+
+
+def text_as_bin(source: Path) -> list[object]:
+    (write_bin_folder(source, {}) / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    return [source / "pytorch_model.bin", "not a file that PyTorch loads safely"]
+
+
+def pickled_list(source: Path) -> list[object]:
+    return [write_bin_folder(source, [torch.zeros(2)]) / "pytorch_model.bin", "not a state dict but a list"]
+
+
+def pickled_numbers(source: Path) -> list[object]:
+    state = {"epoch": 3, "step": 4, WTE: torch.zeros(2)}
+    return [write_bin_folder(source, state) / "pytorch_model.bin", "epoch, step hold no tensors"]
+
+
+def pickled_stranger(source: Path) -> list[object]:
+    return [
+        write_bin_folder(source, {"model": Stranger()}) / "pytorch_model.bin",
+        "not a file that PyTorch loads safely",
+    ]
+
+
+def keys_of_all_kinds(source: Path) -> list[object]:
+    tensors = tensors_with(C_FC, torch.zeros(3, 4)) | {
+        "transformer.h.7.extra": torch.zeros(5),
+        "other": torch.zeros(()),
+    }
+    del tensors[WTE], tensors["transformer.ln_f.bias"]
+    return [
+        write_folder(source, tensors) / "model.safetensors",
+        "5 tensors do not fit the config.json",
+        f"missing {WTE} [97, 32]",
+        "missing transformer.ln_f.bias [32]",
+        "unexpected transformer.h.7.extra [5]",
+        "unexpected other []",
+        f"{C_FC} has shape [3, 4], expected [128, 32]",
+    ]
+
+
+def keys_behind_a_wrapper(source: Path) -> list[object]:
+    state = {f"module.{name}": tensor for name, tensor in tensors_with(C_FC, torch.zeros(3, 4)).items()}
+    return [write_bin_folder(source, state) / "pytorch_model.bin", f"module.{C_FC} has shape [3, 4]"]
+
+
+def two_models(source: Path) -> list[object]:
+    state = tiny_tensors() | {"module." + WTE: torch.zeros(97, 32)}
+    return [write_folder(source, state) / "model.safetensors", WTE, "module." + WTE, "two models"]
+
+
+def not_a_number(source: Path) -> list[object]:
+    tensors = first_element(C_FC, float("nan"))
+    return [write_folder(source, tensors) / "model.safetensors", "1 tensors", f"{C_FC} [128, 32]", "--allow-nonfinite"]
+
+
+def infinite(source: Path) -> list[object]:
+    tensors = first_element(C_FC, -float("inf")) | {"transformer.ln_f.bias": torch.full((32,), float("inf"))}
+    return [write_folder(source, tensors), "2 tensors", C_FC, "transformer.ln_f.bias", "--allow-nonfinite"]
+
+
+def integers(source: Path) -> list[object]:
+    return [write_folder(source, tensors_with(C_FC, torch.zeros(128, 32).int())), f"{C_FC} is I32"]
+
+
+def doubles(source: Path) -> list[object]:
+    tensors = {name: tensor.double() for name, tensor in tiny_tensors().items()}
+    return [write_bin_folder(source, tensors) / "pytorch_model.bin", f"{C_FC} is float64", f"{WTE} is float64"]
+
+
+def config_not_json(source: Path) -> list[object]:
+    (write_folder(source) / "config.json").write_text("{'model_type': 'gpt_neo'}")
+    return [source / "config.json", "not JSON"]
+
+
+def config_a_list(source: Path) -> list[object]:
+    (write_folder(source) / "config.json").write_text("[1, 2]")
+    return [source / "config.json", "no model_type"]
+
+
+def missing_shard(source: Path) -> list[object]:
+    write_sharded_folder(source, tiny_tensors(), suffix="safetensors")
+    (source / "model-00002-of-00002.safetensors").unlink()
+    return [source / "model.safetensors.index.json", "model-00002-of-00002.safetensors"]
+
+
+def missing_bin_shard(source: Path) -> list[object]:
+    write_sharded_folder(source, tiny_tensors(), suffix="bin")
+    (source / "pytorch_model-00001-of-00002.bin").unlink()
+    return [source / "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"]
+
+
+def shard_without_its_tensors(source: Path) -> list[object]:
+    write_sharded_folder(source, tiny_tensors(), suffix="safetensors")
+    shutil.copy(source / "model-00001-of-00002.safetensors", source / "model-00002-of-00002.safetensors")
+    return [source / "model-00002-of-00002.safetensors", "is in model-00001-of-00002.safetensors as well"]
+
+
+def broken_index(source: Path) -> list[object]:
+    write_sharded_folder(source, tiny_tensors(), suffix="safetensors")
+    (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": ')
+    return [source / "model.safetensors.index.json", "not an index"]
+
+
+def index_of_numbers(source: Path) -> list[object]:
+    write_sharded_folder(source, tiny_tensors(), suffix="safetensors")
+    (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1, "b": null}}')
+    return [source / "model.safetensors.index.json", "shards are missing"]
+
+
+def index_without_map(source: Path) -> list[object]:
+    write_sharded_folder(source, tiny_tensors(), suffix="safetensors")
+    (source / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    return [source / "model.safetensors.index.json", "weight_map"]
+
+
+SOURCES: list[Callable[[Path], list[object]]] = [
+    no_folder, a_file, empty_folder, no_weights, config_is_a_folder, truncated, header_truncated, corrupt,
+    corrupt_header, no_tensors, empty_file, empty_bin, truncated_bin, truncated_legacy_bin, text_as_bin, pickled_list,
+    pickled_numbers, pickled_stranger, keys_of_all_kinds, keys_behind_a_wrapper, two_models, not_a_number, infinite,
+    integers, doubles, config_not_json, config_a_list, missing_shard, missing_bin_shard, shard_without_its_tensors,
+    broken_index, index_of_numbers, index_without_map,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)
+def test_a_bad_source(run_gsa, tmp_path, make):
+    words = make(tmp_path / "source")
+    out = tmp_path / "new" / "out"
+    run_gsa("convert", tmp_path / "source", out).assert_refused(*words)
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "gpt2"}, "model_type = 'gpt2'"),
+        ({"model_type": None}, "no model_type"),
+        ({"num_heads": 5}, "num_heads = 5 does not divide hidden_size = 32"),
+        ({"num_heads": 0}, "num_heads = 0"),
+        ({"hidden_size": "32"}, "hidden_size = '32'"),
+        ({"hidden_size": 32.0}, "hidden_size = 32.0"),
+        ({"activation_function": "tanhshrink"}, "activation_function = 'tanhshrink' is unknown"),
+        ({"attention_types": [[["global", "sparse"], 1]]}, "attention_types names 'sparse'"),
+        ({"attention_types": [[["global"], 1]]}, "attention_types describes 1 layers, num_layers = 2"),
+        ({"attention_types": [[["global"], 10**15]]}, f"attention_types describes {10**15} layers, num_layers = 2"),
+        ({"attention_types": "global"}, "attention_types = 'global'"),
+        ({"attention_types": 3}, "attention_types = 3"),
+        ({"attention_layers": ["local", "global"]}, "attention_layers = ['local', 'global'] contradicts"),
+        ({"attention_layers": 3}, "attention_layers = 3 contradicts"),
+        ({"window_size": -1}, "window_size = -1"),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon = nan"),
+        ({"eos_token_id": 97}, "eos_token_id = 97: not in the vocabulary of 97"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings = false"),
+        ({"splats": [2]}, "splats = [2]"),
+        ({"splats": {"num_splats": 0, "window": 0}}, "num_splats = 0"),
+    ],
+    ids=str,
+)
+def test_a_bad_configuration(run_gsa, tmp_path, changes, words):
+    source = write_folder(tmp_path / "source", config=tiny_config(**changes))
+    run_gsa("convert", source, tmp_path / "out").assert_refused(source / "config.json", words)
+    assert not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options", "words"),
+    [
+        (tiny_tensors, ["--num-splats", "0"], ["num_splats = 0", "attach one splat at least"]),
+        (tiny_tensors, ["--num-splats", "-3"], ["num_splats = -3", ">= 0"]),
+        (
+            lambda: tiny_tensors() | splat_tensors(GSA),
+            ["--num-splats", "2"],
+            ["carries 2 splats per head already, no others can be attached"],
+        ),
+        (
+            lambda: first_element(C_FC, 70000.0),
+            ["--dtype", "float16"],
+            ["model.safetensors", f"{C_FC} [128, 32]", "after narrowing to float16", "--allow-nonfinite"],
+        ),
+    ],
+    ids=["no splats", "negative splats", "splats already", "overflow"],
+)
+def test_a_bad_option(run_gsa, tmp_path, tensors, options, words):
+    source = write_folder(tmp_path / "source", tensors())
+    run_gsa("convert", source, tmp_path / "out", *options).assert_refused(*words)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_nonfinite_weights_may_be_allowed(run_gsa, tmp_path):
+    source = write_folder(tmp_path / "source", first_element(C_FC, float("nan")))
+    assert run_gsa("convert", source, tmp_path / "out", "--allow-nonfinite").code == 0
+    wide = write_folder(tmp_path / "wide", first_element(C_FC, 70000.0))
+    assert run_gsa("convert", wide, tmp_path / "narrow", "--dtype", "float16", "--allow-nonfinite").code == 0
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_an_output_that_exists_is_left_alone(run_gsa, tmp_path, story_checkpoint, kind):
+    source, out = write_folder(tmp_path / "source"), tmp_path / "out"
+    if kind == "folder":
+        out.mkdir()
+    elif kind == "file":
+        out.write_text("precious")
+    else:
+        out.symlink_to(tmp_path / "nowhere")
+    run_gsa("convert", source, out).assert_refused(out, "exists already")
+    run_gsa("export", story_checkpoint, out).assert_refused(out, "exists already")
+    assert out.is_symlink() or out.read_text() == "precious" if kind != "folder" else not list(out.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_an_output_below_a_file(run_gsa, tmp_path):
+    source = write_folder(tmp_path / "source")
+    out = source / "config.json" / "out"
+    run_gsa("convert", source, out).assert_refused(out, "cannot be created")
+
+
+def test_without_pytorch_a_bin_says_how_to_install_it(run_gsa, tmp_path, monkeypatch):
+    source = write_bin_folder(tmp_path / "source", tiny_tensors())
+    monkeypatch.setitem(sys.modules, "torch", None)
+    outcome = run_gsa("convert", source, tmp_path / "out")
+    outcome.assert_refused(source / "pytorch_model.bin", "pip install 'gsa-jax[torch]'")
+
+
+def test_a_stranger_in_a_pickle_is_not_built(run_gsa, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    source = write_bin_folder(tmp_path / "source", {WTE: Trap()})
+    run_gsa("convert", source, tmp_path / "out").assert_refused(source / "pytorch_model.bin")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_the_entry_point_prints_one_line_and_debug_a_traceback(tmp_path):
+    gsa = Path(sys.executable).parent / "gsa"
+    command = [gsa, "convert", tmp_path / "nowhere", tmp_path / "out"]
+    plain = subprocess.run(command, capture_output=True, text=True)
+    assert (plain.returncode, plain.stdout) == (2, "")
+    assert plain.stderr == f"gsa: {tmp_path / 'nowhere'}: no such folder\n"
+    debug = subprocess.run([*command, "--debug"], capture_output=True, text=True)
+    assert debug.returncode not in (0, 2)
+    assert "Traceback" in debug.stderr and f"{tmp_path / 'nowhere'}: no such folder" in debug.stderr
+
+
+def test_a_usage_error_exits_with_2(run_gsa):
+    for arguments in ([], ["conwert"], ["convert"], ["convert", "a", "b", "--num-splats", "many"], ["generate", "a"]):
+        assert run_gsa(*arguments).code == 2
+
+
+def test_nothing_here_depends_on_a_broken_helper(tmp_path):
+    """The folders that the cases above damage are fine before."""
+    for suffix in ("safetensors", "bin"):
+        source = write_sharded_folder(tmp_path / suffix, tiny_tensors(), suffix=suffix)
+        convert(source, tmp_path / f"{suffix} out")
+    convert(write_bin_folder(tmp_path / "legacy", tiny_tensors(), legacy=True), tmp_path / "legacy out")
+    source = write_folder(tmp_path / "source", first_element(C_FC, 60000.0))
+    convert(source, tmp_path / "out", dtype="float16", splats=SplatConfig(num_splats=1))
+    assert np.isfinite(read_safetensors(source)[C_FC].numpy()).all()

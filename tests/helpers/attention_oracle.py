@@ -1,0 +1,105 @@
+"""Float64 rows of attention, one at a time, and the queries and keys of the Hugging Face model.
+
+May be changed here: nothing but the definitions that calibration and diagnostics are compared with.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import GPTNeoForCausalLM as HFModel
+
+from gsa_jax.fitting.statistics import RowSample
+
+DEAD_SHARE = 0.01
+
+
+class HeadSplats(NamedTuple):
+    """One head's parameters: centers [S, D], log_scales and log_amplitudes [S], and two numbers."""
+
+    centers: np.ndarray
+    log_scales: np.ndarray
+    log_amplitudes: np.ndarray | float = 0.0
+    norm_gain: float = 0.0
+    far_gain: float = 0.0
+
+
+class HeadStatistics(NamedTuple):
+    """Means over rows; usage sums to 1 over splats."""
+
+    entropy: float
+    far_mass: float
+    usage: np.ndarray
+
+
+def head_splats(tensors: dict[str, np.ndarray], layer: int, head: int) -> HeadSplats:
+    """Of a checkpoint's tensors."""
+    prefix = f"transformer.h.{layer}.attn.attention.splat_"
+    return HeadSplats(
+        **{
+            field: np.asarray(tensors[prefix + field][head], np.float64)
+            for field in HeadSplats._fields
+            if prefix + field in tensors
+        }
+    )
+
+
+def row_weights(
+    query: np.ndarray, keys: np.ndarray, window: int, seen: int | None, splats: HeadSplats | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of a query over the keys up to its own, and what each splat carries of them."""
+    distance = np.arange(len(keys))[::-1]
+    scores = keys @ query
+    if splats is None:
+        scores = np.where(distance < (seen or len(keys)), scores, -np.inf)
+        joint = np.full((len(keys), 1), -np.inf)
+    else:
+        squared = np.sum((query - splats.centers) ** 2, axis=1)
+        squared = squared + np.sum((keys[:, None] - splats.centers) ** 2, axis=2)
+        joint = -squared / (2 * np.exp(2 * splats.log_scales)) + splats.log_amplitudes
+        norms = np.sum(query**2) + np.sum(keys**2, axis=1, keepdims=True)
+        joint += splats.norm_gain * norms + splats.far_gain
+        joint[distance < window] = -np.inf
+        scores = np.where(distance < window, scores, np.logaddexp.reduce(joint, axis=1))
+    normaliser = np.logaddexp.reduce(scores)
+    return np.exp(scores - normaliser), np.exp(joint - normaliser).sum(axis=0)
+
+
+def head_statistics(
+    query: np.ndarray,
+    key: np.ndarray,
+    sample: RowSample,
+    *,
+    window: int,
+    seen: int | None = None,
+    splats: HeadSplats | None = None,
+) -> HeadStatistics:
+    """Over sampled rows of one head's queries and keys `[N, T, D]`; exact attention if there are no splats."""
+    query, key = query.astype(np.float64), key.astype(np.float64)
+    entropies, masses, carried = [], [], []
+    for sequence, rows in zip(sample.sequences, sample.rows, strict=True):
+        for row in rows:
+            weights, through = row_weights(query[sequence, row], key[sequence, : row + 1], window, seen, splats)
+            positive = weights[weights > 0]
+            entropies.append(-np.sum(positive * np.log(positive)) / np.log(row + 1))
+            masses.append(weights[: max(row + 1 - window, 0)].sum())
+            carried.append(through)
+    usage = np.sum(carried, axis=0)
+    return HeadStatistics(float(np.mean(entropies)), float(np.mean(masses)), usage / max(usage.sum(), 1e-300))
+
+
+def hf_queries_and_keys(folder: Path, ids: np.ndarray, heads: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What `q_proj` and `k_proj` of each layer give in PyTorch, `[N, T, H, D]`; ids are right-padded."""
+    model = HFModel.from_pretrained(folder).eval()
+    seen: dict[str, np.ndarray] = {}
+
+    def keep(name: str):
+        return lambda module, args, output: seen.update({name: output.numpy().reshape(*ids.shape, heads, -1)})
+
+    for layer, block in enumerate(model.transformer.h):
+        block.attn.attention.q_proj.register_forward_hook(keep(f"q{layer}"))
+        block.attn.attention.k_proj.register_forward_hook(keep(f"k{layer}"))
+    with torch.no_grad():
+        model(torch.from_numpy(ids).long())
+    return [(seen[f"q{layer}"], seen[f"k{layer}"]) for layer in range(len(model.transformer.h))]
