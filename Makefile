@@ -9,8 +9,11 @@ ASSETS := gsa_jax/assets
 MODEL := $(ASSETS)/story-neo
 # Exactly one version of PyTorch, so that a CPU build already at hand is taken instead of gigabytes of CUDA.
 TORCH ?= torch==2.13.0
+# All tests of a file share a process, and with it their programs and fixtures.
+PYTEST := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-slow lint wheel-test clean
+.PHONY: demo test test-slow lint wheel-test newest-test clean
 
 demo: $(VENV)/.demo
 	rm -rf $(DEMO)
@@ -25,12 +28,13 @@ demo: $(VENV)/.demo
 			--temperature 0.6 --top-p 0.9 --seed 2 || exit 1; \
 	done
 
+# Most of the time of a test is compiling small programs: they are hardly optimised, and kept for the next run.
 test: $(VENV)/.test
-	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache $(BIN)/python -m pytest -n 2 --strict-run -m "not slow" --durations=20
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) --strict-run -m "not slow" --durations=20
 
 # Runs that are killed, terminated or spread over processes, and what else takes long.
 test-slow: $(VENV)/.test
-	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache $(BIN)/python -m pytest -n 2 -m slow
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -43,6 +47,9 @@ lint: $(VENV)/.test
 
 wheel-test: $(VENV)/.test
 	bash .ci/wheel-test
+
+newest-test:
+	bash .ci/newest-test
 
 clean:
 	rm -rf build dist .jax_cache *.egg-info

@@ -2,7 +2,9 @@
 
 reader.py    formats of weight files          names.py     which tensor is which parameter
 importer.py  PyTorch -> checkpoint            exporter.py  checkpoint -> Hugging Face folder
-verify.py    both models, side by side
+verify.py    both models, side by side        splat_folder.py  trained splats without their model
+
+May be changed here: this map, and which names are public.
 """
 
 from gsa_jax.convert.exporter import ExportReport, export

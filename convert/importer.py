@@ -71,8 +71,8 @@ def convert(
     Args:
         source: a Hugging Face folder, or a hub id.
         out: the checkpoint folder to make; must not exist.
-        splats: to attach to a source that has none: a configuration, for which they start at random (seed 0) and
-            `gsa_jax.fitting.fit_init` fits them; or the folder of splats that were trained for this model.
+        splats: to attach to a source that has none: a configuration, with which they start at random (seed 0), for
+            `gsa_jax.fitting.fit_init` to place them later; or a folder of splats that were trained for this model.
         dtype: of the parameters; as the source stores them if None.
         allow_nonfinite: accept NaN and infinite weights.
         progress: wraps the names of the tensors while they are read.

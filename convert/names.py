@@ -155,7 +155,7 @@ def _add(names: dict[str, str], name: str, source: str) -> None:
 
 
 def _with_splats(config: GPTNeoConfig, shapes: Mapping[str, tuple[int, ...]]) -> GPTNeoConfig:
-    """The configuration with the splats that tensors of these names and shapes are, if it does not name any itself."""
+    """Adds the splats to a configuration that names none, as far as names and shapes of the tensors describe them."""
     shape = next((shape for name, shape in shapes.items() if name.endswith(".splat_centers")), None)
     if shape is None or config.splats is not None:
         return config

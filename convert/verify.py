@@ -49,8 +49,8 @@ class Comparison:
         inputs: `"random ids"` or the text file.
         tokens: compared, padding left out.
         max_abs: largest difference of a logit.
-        relative_rms: RMS of the difference over the RMS of the oracle's logits, each position's mean taken off both,
-            since softmax does not see it.
+        relative_rms: RMS of the difference over the RMS of the oracle's logits, after the mean of each position is
+            subtracted from both, because softmax ignores it.
         top1_agreement: share of positions where both prefer the same token.
         loss: mean next-token cross-entropy of the checkpoint, nats.
         oracle_loss: that of the oracle.
@@ -160,8 +160,9 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
     model, info = loaded
     names = ""
     if info["missing_keys"] or any(parameter.is_meta for parameter in model.parameters()):
-        # transformers starts tensors at random that it does not find. It does so with names behind a wrapper
-        # (`module.`), which only our key table knows; and a head that stands for the embedding leaves it without data.
+        # transformers fills tensors that it does not find with random numbers. It misses names behind a wrapper
+        # (`module.`), which only `gsa_jax.convert.names` strips. And if the source holds the tied head in place of the
+        # embedding, the embedding is left without data.
         own = {name: torch.tensor(np.asarray(t, np.float32)) for name, t in tensors.items() if not is_splat(name)}
         model = transformers.GPTNeoForCausalLM(model.config)
         model.load_state_dict({**own, "lm_head.weight": own[TOKEN_EMBEDDING]}, strict=True)

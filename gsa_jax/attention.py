@@ -1,8 +1,8 @@
-"""The attention of a GPT-Neo block, and the one override that splats make of it.
+"""The attention of a GPT-Neo block, and the subclass that sees far keys through splats.
 
 May be changed here: projections and head bookkeeping (`GPTNeoSelfAttention`), what attention through splats does
-(`GSASelfAttention._attn`, nothing else), and how splats start that have seen no data. The arithmetic itself lives in
-`gsa_jax.ops`.
+(`GSASelfAttention._attn`, nothing else), and the initial splats of a model that has seen no data. The arithmetic itself
+lives in `gsa_jax.ops`.
 """
 
 from typing import Any
@@ -46,8 +46,8 @@ class GPTNeoSelfAttention(nnx.Module):
 
         Args:
             segment_ids: as in `splat_attention`; only without `state` and `capacity`.
-            state: of the tokens before these.
-            capacity: for the first of several calls: slots that they will take together.
+            state: what an earlier call returned for the tokens before these.
+            capacity: given at the first of several calls: how many slots all of them will take together.
 
         Returns:
             The output, and the state after the last token where `state` or `capacity` was given.

@@ -42,9 +42,9 @@ class SplatConfig:
     """Attention through Gaussian splats: where, how many, and which terms of the far score are parameters.
 
     Attributes:
-        num_splats: splats per head, S >= 0; 0 leaves the window alone.
-        window: tokens that attend exactly, W >= 0, the query's own included; `"all"` is an infinite window, i.e. plain
-            softmax attention with the splats attached and unused.
+        num_splats: splats per head, S >= 0; with 0, a query sees its window and nothing else.
+        window: tokens that a query sees exactly, W >= 0, its own included. With `"all"`, each layer attends as it does
+            in the plain model, and the splats are attached but unused.
         layers: `"global"` for the global ones, `"all"`, or their numbers. A local layer reaches beyond its own window
             through splats, as a global one does, once `window` is finite.
         log_amplitudes: each splat has an amplitude.

@@ -207,7 +207,7 @@ def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]
 
 
 def _capacity(config: GPTNeoConfig, slots: int) -> int:
-    """Room for `slots`, or as much as any layer can use, so that no other number of slots compiles anything."""
+    """`slots`, but at most the largest window: more slots would change nothing, but compile the prefill again."""
     windows = [slots if window == "all" else window for window in config.windows]
     return min(slots, max(windows))
 

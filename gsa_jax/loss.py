@@ -20,7 +20,7 @@ def mean_next_token_loss(
     return mean_predicted(next_token_losses(logits, input_ids), attention_mask)
 
 
-def mean_predicted(losses: Float[Array, "B T-1"], attention_mask: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """Mean over the tokens that are real and follow a real token."""
+def mean_predicted(losses: Float[Array, "B P"], attention_mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """Mean of the losses of the P = T - 1 tokens after the first, over those that are real and follow a real token."""
     counted = attention_mask[:, 1:] & attention_mask[:, :-1]
-    return jnp.sum(jnp.where(counted, losses, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
+    return jnp.sum(jnp.where(counted, losses, 0)) / jnp.maximum(jnp.sum(counted, dtype=losses.dtype), 1)

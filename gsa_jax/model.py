@@ -135,9 +135,9 @@ class GPTNeoModel(nnx.Module):
         """Hidden states of these tokens, and the cache after them where `cache` or `capacity` was given.
 
         Args:
-            positions: counted from the masks, and on from those in the cache, if None.
-            cache: of the tokens before these.
-            capacity: for the first of several calls: slots that they will take together.
+            positions: if None, counted from the masks, and continued from the tokens in the cache.
+            cache: what an earlier call returned for the tokens before these.
+            capacity: given at the first of several calls: how many slots all of them will take together.
         """
         before = jnp.zeros(input_ids.shape[0], jnp.int32) if cache is None else cache.tokens
         if positions is None:

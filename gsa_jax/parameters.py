@@ -121,11 +121,11 @@ def extend_positions(
     max_positions: int,
     method: PositionExtension,
 ) -> tuple[GPTNeoConfig, dict[str, np.ndarray | jax.Array]]:
-    """The same model with `max_positions` positions; with as many as it has, the model itself.
+    """The same model with `max_positions` positions; unchanged if it has that many already.
 
-    Of the new embedding `[max_positions, E]`, `interpolate` keeps the first and the last row and takes the others on
-    straight lines between neighbouring old rows; `tile` starts again with the first row after the last one. Computed in
-    float32, in the dtype of the tensor.
+    In the new embedding `[max_positions, E]`, `interpolate` keeps the first and the last vector and interpolates
+    linearly between neighbouring old vectors; `tile` starts again with the first vector after the last one. The
+    interpolation is computed in float32 and returned in the dtype of the tensor.
 
     Raises:
         InputError: `max_positions` is smaller than the number of positions now, or the method is unknown.

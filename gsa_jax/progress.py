@@ -1,4 +1,4 @@
-"""How library functions report progress without knowing who watches.
+"""How a library function reports progress: a function of the caller wraps its steps, and shows how far it has come.
 
 May be changed here: the type. `gsa_jax.cli` shows a bar.
 """
@@ -6,4 +6,4 @@ May be changed here: the type. `gsa_jax.cli` shows a bar.
 from collections.abc import Callable, Iterable
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
-"""Wraps an iterable of names of steps, which the function that was given it iterates over; `iter` shows nothing."""
+"""Wraps an iterable of the names of steps. The library function iterates over the result. `iter` shows nothing."""

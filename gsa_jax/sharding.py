@@ -107,7 +107,7 @@ def batch_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
         process: its number; that of this process if None.
 
     Raises:
-        InputError: rows would be spread so that processes share some of them and not others.
+        InputError: two processes would have only some of their rows in common, or different numbers of rows.
     """
     process = jax.process_index() if process is None else process
     rows: dict[int, set[int]] = {}
@@ -116,7 +116,8 @@ def batch_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     parts = sorted({tuple(sorted(of_process)) for of_process in rows.values()})
     if len(set().union(*parts)) < sum(map(len, parts)) or len(set(map(len, parts))) > 1:
         raise InputError(
-            f"mesh {dict(mesh.shape)} gives two processes some common rows and some of their own; "
+            f"mesh {dict(mesh.shape)} gives two processes some common rows and some of their own, or different "
+            "numbers of rows; "
             "let tensor divide the devices of a process, or the other way round"
         )
     return parts.index(tuple(sorted(rows[process]))), len(parts)

@@ -5,6 +5,7 @@ May be changed here: what several test files share, and what `make test` refuses
 
 import dataclasses
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jaxtyping
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -31,12 +33,14 @@ def checked_modules() -> list[str]:
 
 
 # Arguments and results are checked against their annotations, shapes included, in everything imported from here on.
+jaxtyping.install_import_hook(checked_modules(), "beartype.beartype")
 
 import gsa_jax
 from gsa_jax.cli import main
 from gsa_jax.convert import convert
 
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 class StrictRun:
@@ -77,11 +81,47 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--strict-run", action="store_true", help="fail if a test was skipped or xfailed, or if no parity test passed"
     )
+    parser.addoption("--without-pytorch", action="store_true", help="leave out the files that import PyTorch")
+
+
+_NEEDS_PYTORCH = re.compile(r"^(import torch|from (torch|transformers|helpers\.hf_\w+) import)", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if config.getoption("--without-pytorch") and collection_path.suffix == ".py":
+        return bool(_NEEDS_PYTORCH.search(collection_path.read_text(encoding="utf-8"))) or None
+    return None
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--strict-run") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(StrictRun())
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """For arguments that the annotations forbid, of which the package says itself what is wrong."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def optimised() -> Iterator[None]:
+    """For what is said of programs as users run them: their memory, their rounding."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """For code of others that mixes dtypes: Hugging Face's Flax, and Flax's layer norm in bfloat16."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from gsa_jax import InputError, generate, load
-from gsa_jax.convert import convert
-from helpers.hf_folders import write_folder
+from gsa_jax.checkpoint import save
+from helpers.tiny_models import tiny_config, tiny_weights
 
 # Each of these damages a checkpoint folder and returns what the message has to name.
 
@@ -103,7 +103,7 @@ def test_no_checkpoint_at_all(run_gsa, tmp_path):
 
 
 def test_a_checkpoint_without_a_tokenizer(run_gsa, tmp_path):
-    convert(write_folder(tmp_path / "source"), tmp_path / "checkpoint")
+    save(tmp_path / "checkpoint", tiny_config(), tiny_weights(), copied=[])
     outcome = run_gsa("generate", tmp_path / "checkpoint", "--prompt", "Once")
     outcome.assert_refused(tmp_path / "checkpoint", "no tokenizer")
 

@@ -1,26 +1,27 @@
 """Decoding against Hugging Face's `generate`, and against the forward pass that it must equal."""
 
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
-from transformers import GPTNeoForCausalLM as HFModel
 
 from gsa_jax import Categorical, GPTNeoForCausalLM, InputError, generate, generate_stream, load
 from gsa_jax.assets import story_neo
 from gsa_jax.generation import _decode, _prefill, _State
-from helpers.hf_oracle import VOCAB, hf_model, ours, random_ids, relative_rms
+from helpers.tiny_models import VOCAB, random_ids, relative_rms, tiny_model
 
 STORY = story_neo()
 
 
-def hf_greedy(model: HFModel, prompts: list[list[int]], new: int) -> np.ndarray:
+def hf_greedy(model: Any, prompts: list[list[int]], new: int) -> np.ndarray:
     """Hugging Face's own left-padded batch, without an end of sequence."""
+    import torch
+
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -32,17 +33,19 @@ def hf_greedy(model: HFModel, prompts: list[list[int]], new: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def story() -> HFModel:
+def story() -> Any:
+    from transformers import GPTNeoForCausalLM as HFModel
+
     return HFModel.from_pretrained(STORY).eval()
 
 
 @pytest.fixture(scope="module")
 def model() -> GPTNeoForCausalLM:
-    return ours(hf_model(window_size=6, attention_types=[[["local", "global"], 1]]))
+    return tiny_model(window_size=6, attention_types=[[["local", "global"], 1]])
 
 
 @pytest.mark.parity
-def test_greedy_equals_hugging_face_on_the_bundled_model(story: HFModel, story_checkpoint: Path) -> None:
+def test_greedy_equals_hugging_face_on_the_bundled_model(story: Any, story_checkpoint: Path) -> None:
     """240 tokens: the local layers' ring of 64 wraps several times. Batched, of different lengths, and alone."""
     prompts = [list(range(100, 100 + n)) for n in (1, 5, 17, 70)]
     got = generate(load(story_checkpoint), prompts, max_new_tokens=240, eos_token_id=-1)
@@ -55,9 +58,11 @@ def test_greedy_equals_hugging_face_on_the_bundled_model(story: HFModel, story_c
 @pytest.mark.parity
 @pytest.mark.parametrize("window", [1, 2, 15, 200])
 def test_greedy_equals_hugging_face_for_other_windows(window: int) -> None:
+    from helpers.hf_oracle import hf_model
+
     reference = hf_model(window_size=window)
     prompts = [random_ids(n, n).tolist() for n in (1, 3, 16, 31)]
-    got = generate(ours(reference), prompts, max_new_tokens=40, eos_token_id=-1)
+    got = generate(tiny_model(window_size=window), prompts, max_new_tokens=40, eos_token_id=-1)
     np.testing.assert_array_equal(got, hf_greedy(reference, prompts, 40))
 
 
@@ -148,7 +153,7 @@ def test_decoding_donates_its_cache(model: GPTNeoForCausalLM) -> None:
 @pytest.mark.slow
 @pytest.mark.parity
 def test_bfloat16_decodes_as_its_own_forward_pass() -> None:
-    reference = ours(hf_model(initializer_range=0.1), dtype="bfloat16", param_dtype=jnp.bfloat16)
+    reference = tiny_model(initializer_range=0.1, dtype="bfloat16", param_dtype=jnp.bfloat16)
     ids = random_ids(1, 1, 30)
     expected = np.asarray(reference(ids))
     logits, cache = reference.prefill(ids[:, :16], np.ones((1, 16), bool), 30)

@@ -9,15 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
-from transformers import FlaxGPTNeoForCausalLM
-from transformers import GPTNeoConfig as HFConfig
-from transformers.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax
 
 from gsa_jax import GPTNeoConfig, GPTNeoForCausalLM, InputError, SplatConfig
 from gsa_jax.parameters import build_model, named_parameters
-from helpers.hf_oracle import VOCAB, hf_model, ours, positions, random_ids, relative_rms, torch_logits
+from helpers.tiny_models import VOCAB, random_ids, relative_rms, tiny_config, tiny_model
 
 MIXED = [[["global", "local"], 1]]
 
@@ -38,66 +34,93 @@ MODELS = {
 }
 
 
+SLOW_MODELS = ("pattern repeated", "window beyond the length", "one head", "relu", "silu", "large epsilon")
+
+
 @pytest.mark.parity
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_MODELS else name for name in MODELS]
+)
 def test_logits_equal_pytorch(name: str) -> None:
+    from helpers.hf_oracle import hf_model, torch_logits
+
     reference = hf_model(**MODELS[name])
-    model = ours(reference)
+    model = tiny_model(**MODELS[name])
     for length in (1, 7, 33):
         ids = random_ids(length, 2, length)
         assert relative_rms(model(ids), torch_logits(reference, ids)) < 1e-5, f"length {length}"
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("window", [3, 256, 300])
+@pytest.mark.parametrize("window", [3, *(pytest.param(x, marks=pytest.mark.slow) for x in (256, 300))])
 def test_blocked_attention_equals_pytorch(window: int) -> None:
     """Lengths beyond two blocks, where global and local layers no longer attend in one piece."""
-    reference = hf_model(window_size=window, max_position_embeddings=1024, num_heads=2)
+    from helpers.hf_oracle import hf_model, torch_logits
+
+    shape = {"window_size": window, "max_position_embeddings": 1024, "num_heads": 2}
+    reference = hf_model(**shape)
     ids = random_ids(0, 1, 777)
     mask = np.ones(ids.shape, bool)
     mask[0, :20] = False
-    got = np.asarray(ours(reference)(ids, mask))
+    got = np.asarray(tiny_model(**shape)(ids, mask))
     assert relative_rms(got[mask], torch_logits(reference, ids, mask)[mask]) < 1e-5
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_logits_equal_pytorch(side: str) -> None:
+    from helpers.hf_oracle import hf_model, torch_logits
+
     reference = hf_model()
     ids, mask = random_ids(1, 3, 21), np.ones((3, 21), bool)
     for row, pads in enumerate((0, 5, 20)):
         mask[row, slice(0, pads) if side == "left" else slice(21 - pads, 21)] = False
-    got = np.asarray(ours(reference)(ids, mask))
+    got = np.asarray(tiny_model()(ids, mask))
     assert relative_rms(got[mask], torch_logits(reference, ids, mask)[mask]) < 1e-5
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", ["mixed", "local only", "window 1", "head_dim 4"])
-def test_logits_equal_flax(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["mixed", *(pytest.param(x, marks=pytest.mark.slow) for x in ("local only", "window 1", "head_dim 4"))]
+)
+def test_logits_equal_flax(standard_promotion, name: str) -> None:
+    from transformers import FlaxGPTNeoForCausalLM
+    from transformers.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax
+
+    from helpers.hf_oracle import hf_model, positions
+
     reference = hf_model(**MODELS[name])
     flax = FlaxGPTNeoForCausalLM(reference.config)
     params = convert_pytorch_state_dict_to_flax(reference.state_dict(), flax)
     ids, mask = random_ids(2, 2, 33), np.ones((2, 33), bool)
     mask[1, :9] = False
     expected = flax(ids, attention_mask=mask.astype(int), position_ids=positions(mask), params=params).logits
-    got = np.asarray(ours(reference)(ids, mask))
+    got = np.asarray(tiny_model(**MODELS[name])(ids, mask))
     assert relative_rms(got[mask], np.asarray(expected)[mask]) < 1e-5
 
 
 @pytest.mark.parity
 def test_as_close_to_float64_as_pytorch_is() -> None:
+    from helpers.hf_oracle import hf_model, torch_logits
+
     reference = hf_model(initializer_range=0.5)
     ids = random_ids(3, 2, 40)
-    got = relative_rms(ours(reference)(ids), exact := torch_logits(hf_model(initializer_range=0.5).double(), ids))
+    got = relative_rms(
+        tiny_model(initializer_range=0.5)(ids), exact := torch_logits(hf_model(initializer_range=0.5).double(), ids)
+    )
     assert got < max(2 * relative_rms(torch_logits(reference, ids), exact), 1e-6)
 
 
 @pytest.mark.parity
-def test_bfloat16_stays_near_pytorch() -> None:
+def test_bfloat16_stays_near_pytorch(standard_promotion) -> None:
+    import torch
+
+    from helpers.hf_oracle import hf_model, torch_logits
+
     reference = hf_model(initializer_range=0.1)
     ids = random_ids(4, 2, 40)
     expected = torch_logits(reference, ids)
-    model = ours(reference, dtype="bfloat16", param_dtype=jnp.bfloat16)
+    model = tiny_model(initializer_range=0.1, dtype="bfloat16", param_dtype=jnp.bfloat16)
     logits = model(ids)
     assert logits.dtype == jnp.float32
     their_error = relative_rms(torch_logits(reference.to(torch.bfloat16), ids), expected)
@@ -105,14 +128,14 @@ def test_bfloat16_stays_near_pytorch() -> None:
 
 
 def test_parameters_and_computation_have_dtypes_of_their_own() -> None:
-    model = ours(hf_model(), dtype="float32", param_dtype=jnp.float16)
+    model = tiny_model(dtype="float32", param_dtype=jnp.float16)
     assert {str(leaf.dtype) for leaf in named_parameters(model).values()} == {"float16"}
     hidden_states, _ = model.transformer(jnp.asarray(random_ids(0, 1, 4)), jnp.ones((1, 4), bool))
     assert hidden_states.dtype == jnp.float32
 
 
 def test_splats_do_not_change_a_bit() -> None:
-    plain = ours(hf_model())
+    plain = tiny_model()
     config = dataclasses.replace(plain.config, splats=SplatConfig(num_splats=3, layers="all"))
     splats = {
         name: leaf
@@ -127,7 +150,7 @@ def test_splats_do_not_change_a_bit() -> None:
 
 @pytest.fixture(scope="module")
 def mixed_forward():
-    graphdef, params = nnx.split(ours(hf_model(window_size=5)))
+    graphdef, params = nnx.split(tiny_model(window_size=5))
     return jax.jit(lambda ids, mask: nnx.merge(graphdef, params)(ids, mask))
 
 
@@ -158,7 +181,7 @@ def ours_on(forward, tokens: np.ndarray) -> np.ndarray:
 
 
 def test_padding_gives_finite_logits_and_gradients() -> None:
-    graphdef, params = nnx.split(ours(hf_model()))
+    graphdef, params = nnx.split(tiny_model())
     ids, mask = random_ids(8, 2, 12), np.zeros((2, 12), bool)
     mask[1, 4:] = True  # row 0 is padding altogether
     loss = jax.jit(jax.value_and_grad(lambda params: nnx.merge(graphdef, params)(ids, mask).sum()))
@@ -166,11 +189,10 @@ def test_padding_gives_finite_logits_and_gradients() -> None:
 
 
 def test_remat_gives_the_same_gradients() -> None:
-    reference = hf_model()
     ids = random_ids(9, 1, 20)
 
     def gradients(remat: bool):
-        graphdef, params = nnx.split(ours(reference, remat=remat))
+        graphdef, params = nnx.split(tiny_model(remat=remat))
         return jax.jit(jax.grad(lambda params: jax.nn.logsumexp(nnx.merge(graphdef, params)(ids))))(params)
 
     chex.assert_trees_all_close(
@@ -179,7 +201,7 @@ def test_remat_gives_the_same_gradients() -> None:
 
 
 def test_positions_can_be_given() -> None:
-    model = ours(hf_model())
+    model = tiny_model()
     ids = random_ids(10, 1, 10)
     shifted = jnp.arange(10)[None] + 3
     assert relative_rms(model(ids, None, shifted), model(ids)) > 1e-2
@@ -188,7 +210,7 @@ def test_positions_can_be_given() -> None:
 
 def test_local_layers_take_linear_memory() -> None:
     graphdef, params = nnx.split(
-        ours(hf_model(attention_types=[[["local"], 2]], window_size=64, max_position_embeddings=8192))
+        tiny_model(attention_types=[[["local"], 2]], window_size=64, max_position_embeddings=8192)
     )
 
     def temporary_bytes(length: int) -> int:
@@ -201,6 +223,8 @@ def test_local_layers_take_linear_memory() -> None:
 
 @pytest.mark.parity
 def test_config_goes_to_hugging_face_and_back() -> None:
+    from transformers import GPTNeoConfig as HFConfig
+
     theirs = HFConfig(
         hidden_size=48,
         num_layers=4,
@@ -261,3 +285,44 @@ def test_config_refuses_what_it_is_not(change: dict, words: str) -> None:
     GPTNeoConfig.from_hf(values)
     with pytest.raises(InputError, match=words):
         GPTNeoConfig.from_hf(values | change)
+
+
+def test_an_infinite_window_that_was_written_as_null_still_loads() -> None:
+    splats = {"num_splats": 2, "window": None}
+    old = GPTNeoConfig.from_hf(tiny_config().to_hf() | {"splats": splats})
+    assert old == GPTNeoConfig.from_hf(tiny_config().to_hf() | {"splats": {"num_splats": 2}})
+    assert old.windows == ("all", 8) and old.to_hf()["splats"]["window"] == "all"
+
+
+def test_a_config_says_nothing_of_the_computation() -> None:
+    config = dataclasses.replace(tiny_config(), dtype="bfloat16", remat=True)
+    assert GPTNeoConfig.from_hf(config.to_hf() | {"dtype": "float16", "torch_dtype": "float16"}) == tiny_config()
+    with pytest.raises(InputError, match="dtype = 'int8': must be one of float32"):
+        dataclasses.replace(config, dtype="int8")
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int32, np.int64])
+def test_masks_of_hugging_face_are_taken_at_every_door(dtype: type) -> None:
+    """A tokenizer gives int64; results are those of bools, bit for bit."""
+    model = tiny_model()
+    ids, mask = random_ids(11, 2, 12).astype(np.int64), np.ones((2, 12), dtype)
+    mask[1, :5] = 0
+    expected = model(jnp.asarray(ids), jnp.asarray(mask, bool))
+    chex.assert_trees_all_equal(model(ids, mask), expected)
+    (want, want_cache), (got, cache) = (model.prefill(ids[:, :8], x[:, :8], 12) for x in (mask.astype(bool), mask))
+    chex.assert_trees_all_equal((got, cache), (want, want_cache))
+    following = [model.extend(ids[:, 8:], x[:, 8:], cache) for x in (mask.astype(bool), mask)]
+    chex.assert_trees_all_equal(*following)
+
+
+@pytest.mark.parametrize("mask", [np.ones((1, 3)), np.ones((2, 3), bool), np.array([[0, 1, 2]])], ids=str)
+def test_what_is_no_mask_is_refused_at_every_door(mask: np.ndarray) -> None:
+    model, ids = tiny_model(), np.ones((1, 3), np.int32)
+    _, cache = model.prefill(ids, None, 6)
+    for door in (
+        lambda: model(ids, mask),
+        lambda: model.prefill(ids, mask, 6),
+        lambda: model.extend(ids, mask, cache),
+    ):
+        with pytest.raises(InputError, match="attention_mask"):
+            door()

@@ -16,7 +16,7 @@ from gsa_jax import GPTNeoForCausalLM, SplatConfig, generate, load
 from gsa_jax import generation as generation_module
 from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig
 from gsa_jax.parameters import build_model, named_parameters
-from helpers.hf_oracle import VOCAB, hf_model, ours, random_ids, relative_rms
+from helpers.tiny_models import VOCAB, random_ids, relative_rms, tiny_model
 
 api = importlib.import_module("gsa_jax.ops.api")
 
@@ -34,10 +34,20 @@ MODES = {
 }
 
 
+COMMON = ("hybrid", "attached")
+ALL_MODES = [mode if mode in COMMON else pytest.param(mode, marks=pytest.mark.slow) for mode in MODES]
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks in a short text, and small programs."""
+    monkeypatch.setattr("gsa_jax.ops.chunked._CHUNK", 8)
+
+
 @functools.cache
 def splat_model(mode: str, dtype: str = "float32") -> GPTNeoForCausalLM:
     """A random model of two layers, local (window 7) and global, whose splats are random in every parameter."""
-    plain = ours(hf_model(window_size=7, attention_types=[[["local", "global"], 1]]))
+    plain = tiny_model(window_size=7, attention_types=[[["local", "global"], 1]])
     config = dataclasses.replace(plain.config, splats=MODES[mode], dtype=dtype)
     random = np.random.default_rng(0)
     tensors = named_parameters(GPTNeoForCausalLM(config, rngs=nnx.Rngs(0)))
@@ -63,7 +73,7 @@ def padded(batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     return random_ids(length, batch, length), mask
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ALL_MODES)
 def test_prefill_and_decoding_equal_the_forward_pass(mode: str) -> None:
     """A prefill, a continued prefill of several tokens and single tokens, left-padded, past every ring's end."""
     model = splat_model(mode)
@@ -79,7 +89,9 @@ def test_prefill_and_decoding_equal_the_forward_pass(mode: str) -> None:
     np.testing.assert_array_equal(cache.tokens, mask.sum(axis=1))
 
 
-@pytest.mark.parametrize("mode", ["pure", "hybrid", "optional terms"])
+@pytest.mark.parametrize(
+    "mode", ["optional terms", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("pure", "hybrid"))]
+)
 def test_the_model_runs_through_the_definition(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits and gradients with the dense form of the op in place of the chunked one."""
     graphdef, params = nnx.split(splat_model(mode))
@@ -102,7 +114,7 @@ def test_the_model_runs_through_the_definition(mode: str, monkeypatch: pytest.Mo
         assert jnp.linalg.norm(one - other) <= 1e-4 * jnp.linalg.norm(other) + 1e-6, name
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ALL_MODES)
 def test_the_future_does_not_change_the_past(mode: str) -> None:
     forward, _ = jitted(splat_model(mode))
     ids, mask = padded(2, 30)
@@ -112,7 +124,9 @@ def test_the_future_does_not_change_the_past(mode: str) -> None:
         chex.assert_trees_all_equal(forward(ids, mask)[seen], forward(edited, mask)[seen])
 
 
-@pytest.mark.parametrize("mode", ["pure", "hybrid", pytest.param("all layers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mode", ["hybrid", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("pure", "all layers"))]
+)
 def test_padding_changes_nothing(mode: str) -> None:
     """Whatever it holds; and logits and gradients stay finite with a row that is padding altogether."""
     model = splat_model(mode)
@@ -129,11 +143,10 @@ def test_padding_changes_nothing(mode: str) -> None:
     chex.assert_tree_all_finite(loss(params))
 
 
-@pytest.mark.parity
 @pytest.mark.parametrize("mode", ["pure", "hybrid"])
-def test_a_window_that_holds_everything_is_hugging_face_exact(mode: str) -> None:
+def test_a_window_that_holds_everything_is_the_exact_model(mode: str) -> None:
     """The one knob: the same weights with a window as long as the text, and with an infinite one, bit for bit."""
-    plain = ours(hf_model(window_size=7, attention_types=[[["local", "global"], 1]]))
+    plain = tiny_model(window_size=7, attention_types=[[["local", "global"], 1]])
     model = splat_model(mode)
     ids, mask = padded(2, 30)
     for window in (30, "all"):
@@ -153,7 +166,9 @@ def greedy_by_forward(model: GPTNeoForCausalLM, prompt: list[int], new: int) -> 
     return ids[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("mode", ["pure", "hybrid", pytest.param("all layers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mode", ["hybrid", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("pure", "all layers"))]
+)
 def test_generation_equals_greedy_without_a_cache(mode: str) -> None:
     model = splat_model(mode)
     prompts = [random_ids(n, n).tolist() for n in (1, 5, 19)]
@@ -162,7 +177,7 @@ def test_generation_equals_greedy_without_a_cache(mode: str) -> None:
         assert row.tolist() == greedy_by_forward(model, prompt, 25)
 
 
-@pytest.mark.parametrize("mode", ["attached", "hybrid", "pure"])
+@pytest.mark.parametrize("mode", ["hybrid", *(pytest.param(x, marks=pytest.mark.slow) for x in ("attached", "pure"))])
 def test_a_long_prompt_is_read_in_chunks(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = splat_model(mode)
     prompts = [random_ids(n, n).tolist() for n in (70, 3, 40)]
@@ -208,7 +223,7 @@ def test_presets_and_layers() -> None:
     assert [name[2] for name in names] == [0, 2]
 
 
-@pytest.mark.parametrize("window", ["all", 64, 16, 0])
+@pytest.mark.parametrize("window", ["all", 16, *(pytest.param(x, marks=pytest.mark.slow) for x in (64, 0))])
 def test_the_command_generates_in_every_mode(run_gsa, story_checkpoint, window) -> None:
     outcome = run_gsa(
         "generate", story_checkpoint, "--window", window, "--prompt", "Lily", "--prompt", "Tom had a red ball",

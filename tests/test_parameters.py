@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from gsa_jax import GPTNeoConfig, InputError
 from gsa_jax.parameters import POSITION_EMBEDDING, build_model, extend_positions, named_parameters
-from helpers.hf_oracle import hf_model, ours, random_ids
+from helpers.tiny_models import random_ids, tiny_model
 
 
 def embedding(positions: int, width: int, dtype: jax.typing.DTypeLike) -> dict[str, np.ndarray]:
@@ -51,12 +50,16 @@ def test_tiled_rows_are_those_of_numpy(positions: int, longer: int) -> None:
 @pytest.mark.parametrize("method", ["interpolate", "tile"])
 def test_the_longer_model_is_the_one_that_pytorch_has(method) -> None:
     """Beyond the old length too; and short texts give what they gave, bit for bit, if the rows are repeated."""
+    import torch
+
+    from helpers.hf_oracle import hf_model
+
     small = hf_model(max_position_embeddings=12)
-    model = ours(small)
+    model = tiny_model(max_position_embeddings=12)
     longer_config, tensors = extend_positions(model.config, named_parameters(model), 40, method)
     longer = build_model(longer_config, tensors)
     torch_longer = hf_model(max_position_embeddings=40)
-    state = small.state_dict() | {POSITION_EMBEDDING: torch.from_numpy(np.array(tensors[POSITION_EMBEDDING]))}
+    state = small.state_dict() | {POSITION_EMBEDDING: torch.tensor(np.array(tensors[POSITION_EMBEDDING]))}
     torch_longer.load_state_dict(state, strict=False)
     ids = random_ids(0, 2, 40)
     with torch.no_grad():
@@ -73,7 +76,7 @@ def test_as_many_positions_change_nothing() -> None:
         assert extended == config(5) and all(after[name] is tensor for name, tensor in before.items())
 
 
-def test_what_cannot_be_extended_is_refused() -> None:
+def test_what_cannot_be_extended_is_refused(unchecked) -> None:
     before = embedding(5, 3, "float32")
     with pytest.raises(InputError, match="max_positions = 4: the model has 5 positions already; give at least as many"):
         extend_positions(config(5), before, 4, "tile")

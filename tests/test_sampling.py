@@ -5,8 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from gsa_jax import Categorical, Greedy, InputError, make_sampler
 
@@ -20,6 +18,9 @@ def logits(seed: int, batch: int = 4, vocab: int = 60) -> np.ndarray:
 @pytest.mark.parametrize("top_k", [None, 1, 7, 1000])
 @pytest.mark.parametrize("top_p", [None, 0.05, 0.6, 1.0])
 def test_filters_keep_what_hugging_face_keeps(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    import torch
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
     scores = logits(0)
     expected = TemperatureLogitsWarper(temperature)(None, torch.from_numpy(scores))
     if top_k is not None:

@@ -175,7 +175,7 @@ def shares(*sizes: int, processes: int) -> list[tuple[int, int]]:
     return [batch_share(mesh, process) for process in range(processes)]  # type: ignore[arg-type]
 
 
-def test_processes_read_the_rows_that_their_devices_have() -> None:
+def test_processes_read_the_rows_that_their_devices_have(unchecked) -> None:
     assert shares(2, 2, 2, processes=2) == [(0, 2), (1, 2)]
     assert shares(1, 8, 1, processes=4) == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert shares(2, 1, 4, processes=4) == [(0, 2), (0, 2), (1, 2), (1, 2)]

@@ -1,7 +1,7 @@
 """The checkpoints of a training run: saved in the background, whole or absent, checked when they are read.
 
     FOLDER/STEP/
-      state/        Orbax: a flat dict from names such as `opt_state.0.mu.transformer.wte.weight` to arrays
+      state/        Orbax: a flat dict from names such as `params.transformer.wte.weight` to arrays
       data/         data.json: where the data iterator stood
       config/       data.json: the resolved configuration of the run
       checksums/    data.json: of every array and of the iterator's state
@@ -279,7 +279,8 @@ def _misfits(abstract: dict[str, jax.ShapeDtypeStruct], stored: dict[str, Any]) 
 
 
 def _checksums(named: dict[str, Any], data: Any) -> dict[str, int]:
-    # One program for all arrays: programs of their own, each with its exchange between devices, can block one another.
+    # All sums are computed in one program. On several devices, each program for one array would contain an exchange
+    # between devices, and two such programs that devices start in different orders wait for each other forever.
     sums = jax.device_get(_bit_sums(named))
     data_sum = zlib.crc32(json.dumps(data, sort_keys=True).encode())
     return {**{name: int(value) for name, value in sums.items()}, "data/data.json": data_sum}
@@ -299,10 +300,10 @@ def _bit_sums(named: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
 
 
 def _bit_sum(array: Array) -> UInt32[Array, ""]:
-    """Sum of the words of an array, each times an odd number that tells its place.
+    """Sum of the words of an array, each multiplied by an odd number that depends on its place.
 
-    Odd, so that a single flipped bit always changes the sum modulo 2^32. Computed where the array is, and the same for
-    every way to shard it, which a checksum of files is not.
+    The factors are odd so that a single flipped bit always changes the sum modulo 2^32. The sum is computed where the
+    array lies. Unlike a checksum of files, it is the same however the array is sharded.
     """
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)

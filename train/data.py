@@ -1,8 +1,9 @@
 """Training text as rows of tokens, through grain: deterministic, seekable, and each process reads its own share.
 
-May be changed here: what a row is, and the order of rows. A stream of tokens is documents, each with the model's start
-token before it, which also ends the one before; rows are cut from it without gaps, so documents are packed and may be
-cut. Rows overlap by one token: each token is predicted once per epoch.
+May be changed here: what a row is, and the order of rows. The stream of tokens holds the documents one after another,
+each begun by the model's start token, which also ends the document before. Rows are cut from the stream without gaps,
+so a row may hold several documents and parts of documents. Rows overlap by one token: each token is predicted once per
+epoch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
@@ -27,7 +28,7 @@ TOKEN_DTYPE = np.dtype("<u2")
 class TokenRows:
     """Rows of a stream of tokens, by their number; what grain calls a random access source."""
 
-    def __init__(self, tokens: Int[np.ndarray, "N"], context: int, start: int) -> None:
+    def __init__(self, tokens: Integer[np.ndarray, "N"], context: int, start: int) -> None:
         self._tokens = tokens
         self._context = context
         self._start = start
@@ -44,7 +45,7 @@ class TokenRows:
         return {"input_ids": ids, "segment_ids": np.cumsum(starts, dtype=np.int32)}
 
 
-def read_tokens(path: Path, tokenizer: Any, config: GPTNeoConfig) -> Int[np.ndarray, "N"]:
+def read_tokens(path: Path, tokenizer: Any, config: GPTNeoConfig) -> Integer[np.ndarray, "N"]:
     """The stream of tokens of a text file, or of a `.bin` file of uint16 token ids, which stays on disk.
 
     Raises:

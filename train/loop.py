@@ -169,7 +169,7 @@ class _Run:
         self._make_step = jax.jit(step, donate_argnums=0, out_shardings=None if whole is None else (where, whole))
 
     def _abstract_state(self, begin: Callable[..., State]) -> tuple[Any, Any]:
-        """Where each array of the state lives, and its shape with that; None without a mesh."""
+        """The sharding of each array of the state, None without a mesh; and its shape, with that sharding."""
         start = self._start
         shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in start.shapes.items()}
         abstract = jax.eval_shape(begin, {name: shape for name, shape in shapes.items() if start.is_trained(name)})

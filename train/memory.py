@@ -39,8 +39,8 @@ class MemoryReport:
         gradients: float32; twice where they are accumulated, the sum and the newest.
         optimizer: its state.
         ema: the moving average of the parameters.
-        weights: copies of weights to compute with, in the dtype of the computation and gathered over `fsdp`: of all
-            layers, or with remat of the embeddings and one block.
+        weights: copies of the parameters for the computation, in its dtype and gathered over `fsdp`. Copies of all
+            layers are kept, or with remat those of one block and of what is outside of the blocks.
         activations: what the forward pass keeps for the backward pass.
         working: what the backward pass needs at a time besides: the gradient of the logits, or with remat all
             activations of a block, whichever is larger.
@@ -129,7 +129,7 @@ def memory_reports(
             copies = {shape.shape for shape in shapes.values()}
             total = 0
             for array in found:
-                # `weights` counts what computation makes of parameters.
+                # An array of a parameter's shape is a copy of it, which `weights` counts.
                 if array.shape not in copies:
                     split = {config.num_heads, config.mlp_dim} & set(array.shape[1:])
                     total += _size(array) // (mesh["tensor"] if split else 1)

@@ -1,7 +1,7 @@
 """What a run reports: `metrics.jsonl`, one JSON object per line, and TensorBoard events if asked for.
 
-May be changed here: how records are written. A record is `{"step": n, "kind": "train" | "eval", ...}`; what is in it is
-decided by `gsa_jax.train.loop`.
+May be changed here: how records are written. A record is `{"step": n, "kind": "train" | "eval", ...}`; the other fields
+come from `gsa_jax.train.loop` and `gsa_jax.train.evaluator`.
 """
 
 from __future__ import annotations

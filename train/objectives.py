@@ -27,7 +27,7 @@ Objective = Callable[[Tensors, Tensors, Batch], tuple[Float[Array, ""], dict[str
 
 
 def cross_entropy(student: Build) -> Objective:
-    """Mean next-token loss. What follows a document's last token is the start token of the next one, its end."""
+    """Mean next-token loss. After a document's last token, the start token of the next one is predicted, as its end."""
 
     def objective(params: Tensors, teacher_params: Tensors, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         ids, segments = batch["input_ids"], batch["segment_ids"]
@@ -36,7 +36,7 @@ def cross_entropy(student: Build) -> Objective:
     return objective
 
 
-def prediction_divergence(student: Build, teacher: Build, weight: float = 1.0) -> Objective:
+def prediction_divergence(student: Build, teacher: Build, weight: float | jax.Array = 1.0) -> Objective:
     """`weight` KL(teacher || student) of the next token's distribution, and `1 - weight` cross-entropy.
 
     Hinton et al. (2015), at temperature 1.

@@ -157,7 +157,7 @@ def _finetune(config: Finetune) -> Start:
 
 
 def _build(config: TrainConfig, model: GPTNeoConfig) -> Build:
-    """Makes the model of its parameters; parameters that it does not have are left out."""
+    """A function that makes the model from named parameters, and ignores those that the model does not have."""
     model = dataclasses.replace(model, dtype=config.dtype, remat=config.remat)
     names = expected_shapes(model)
 

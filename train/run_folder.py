@@ -1,6 +1,6 @@
 """The folder of a run, and its configuration, which a restart must repeat.
 
-May be changed here: the layout of the folder, and which settings a run may go on with that it was not begun with.
+May be changed here: the layout of the folder, and which settings may differ from the first ones when a run goes on.
 """
 
 from __future__ import annotations

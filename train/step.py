@@ -5,12 +5,13 @@ May be changed here: how gradients become new parameters. What is minimised is `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
 from gsa_jax.train.objectives import Batch, Objective, Tensors
 
@@ -61,7 +62,7 @@ def make_step(
     return step
 
 
-def _sum_over(function: Callable[[Batch], Any], parts: Batch, like: Batch) -> Any:
+def _sum_over(function: Callable[[Batch], Any], parts: Mapping[str, Int[Array, "A B T"]], like: Batch) -> Any:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, like))
 
     def add(total: Any, part: Batch) -> tuple[Any, None]:

@@ -4,7 +4,8 @@ May be changed here: which commands there are, and what an error looks like. A c
 this package; its fields are its options, and its `run` calls one library function; nothing is computed here. Heavy
 imports wait until a command runs, so that `gsa --help` answers at once.
 
-Exit codes: 0 done, 1 `verify` found a difference, 2 bad input (one line on stderr; a traceback with `--debug`).
+Exit codes: 0 done, 1 `verify` found a difference, 2 bad input (one line on stderr; a traceback with `--debug`),
+130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -75,9 +76,9 @@ def _fail(error: InputError) -> NoReturn:
 
 
 def _drop_late_callbacks(unraisable: sys.UnraisableHookArgs) -> None:
-    """Prints what a callback raised, unless it only says that Orbax was quicker to fail than TensorStore.
+    """Prints what a callback raised, except the error that a closed event loop gives after a failed read or write.
 
-    After a failed read or write Orbax closes its event loop, while threads of TensorStore still want to report to it.
+    Orbax closes its event loop after such a failure, while threads of TensorStore may still report to it.
     """
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)

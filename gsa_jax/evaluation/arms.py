@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ARMS = ("exact", "hybrid", "window-only", "splats-only", "none")
-"""Softmax attention; window and splats as configured; no splats; no window; splat layers that attend to nothing."""
+"""What splat layers see: all keys exactly; keys as configured; window alone; splats alone; nothing (values are 0)."""
 
 Arm = tuple[GPTNeoConfig, Mapping[str, Any]]
 """Configuration and parameters of an ordinary model, in memory of numpy or JAX."""
 
 _TOKENS_AT_ONCE = 4096
-"""Whose logits are in memory together, or one row's if that is longer."""
+"""Tokens whose logits are in memory together; a longer row runs alone."""
 
 NO_WINDOW = (
     "hybrid and window-only are left out: with a window of 0 the hybrid is splats-only, "
@@ -54,7 +54,7 @@ def load_arms(
             it has any, are not used. The checkpoint's own exact model if None.
 
     Raises:
-        InputError: a checkpoint or tokenizer cannot be used; there are no splats; the window is infinite; the positions
+        InputError: a checkpoint or tokenizer cannot be used; there are no splats; the window is `"all"`; the positions
             are fewer than the checkpoint's; or the reference has another vocabulary.
     """
     stored, tensors = load_tensors(folder)
@@ -80,7 +80,7 @@ def make_arms(config: GPTNeoConfig, tensors: Mapping[str, Any], reference: Arm |
         reference: the model to be the exact arm, without its splats if it has any; the same weights if None.
 
     Raises:
-        InputError: there are no splats, the window is infinite, or the reference has another vocabulary or too few
+        InputError: there are no splats, the window is `"all"`, or the reference has another vocabulary or too few
             positions.
     """
     splats = config.splats

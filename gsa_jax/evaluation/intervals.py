@@ -1,7 +1,7 @@
 """From losses of several models on the same tokens to measures with intervals.
 
 May be changed here: what is measured, and how its interval is found. Intervals are percentile bootstraps over
-documents, with the same resamples for all models: a ratio of two is not blurred by which documents are hard.
+documents. All models share the same resamples, so that hard documents weigh alike on both sides of a ratio.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import scipy.stats
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from gsa_jax.text import TextRows
 
@@ -55,7 +55,7 @@ def bucket_firsts(context: int) -> list[int]:
     return firsts
 
 
-def sum_by_document(documents: list[str], rows: TextRows, losses: Mapping[str, Float[np.ndarray, "N L-1"]]) -> Sums:
+def sum_by_document(documents: list[str], rows: TextRows, losses: Mapping[str, Float[np.ndarray, "N P"]]) -> Sums:
     """Adds up each arm's losses, nats of each token but the first of its row; those of padding do not count."""
     predicted = rows.attention_mask[:, 1:]
     starts = np.array(bucket_firsts(rows.attention_mask.shape[1])) - 1
@@ -109,7 +109,7 @@ def estimates(sums: Sums) -> dict[Key, Estimate]:
     }
 
 
-def _measures(sums: Sums, times: Float[np.ndarray, "*R D"]) -> dict[Key, Float[np.ndarray, "*R"]]:
+def _measures(sums: Sums, times: Shaped[np.ndarray, "*R D"]) -> dict[Key, np.ndarray | np.float64]:
     """The measures of a text in which each document occurs so many times; NaN where they are not defined."""
     tokens, size = times @ sums.tokens, times @ sums.size
     nats = {arm: times @ of_arm for arm, of_arm in sums.nats.items()}

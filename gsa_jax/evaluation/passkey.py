@@ -39,15 +39,15 @@ MULTIPLES = (1, 2, 4, 8)
 """Of the training length: how long the items are."""
 
 CANDIDATES = 10
-"""Numbers of an item, the one that the model was told and others; who guesses is right once in so many items."""
+"""Numbers that an item offers: the one that the model was told, and others. Guessing is right in 1 of `CANDIDATES`."""
 
 QUESTION = " The secret number is"
-"""Comes last, and with the number and `REMEMBER` somewhere in the text."""
+"""Ends the prompt. It also stands somewhere in the text, followed by the number and `REMEMBER`."""
 
 REMEMBER = ". Remember it."
 
 _NUMBERS = 1000
-"""That keys are drawn from, of five digits each."""
+"""How many numbers of five digits keys are drawn from."""
 
 _SENTENCE_ENDS = re.compile(r"""(?<=[.!?])(?=\s)|(?<=[.!?]["'\u201d\u2019])(?=\s)""")
 
@@ -61,8 +61,9 @@ class PasskeyScore:
     Attributes:
         chosen: share of the items where the right key is likelier than all others; 1 / `CANDIDATES` by chance.
         said: share of the items where greedy decoding says the right key.
-        margin: log-probability of a key that was told, less that of the same key where another one was told; nats, 0
-            by chance. What a model thinks of a number anyway cancels, so that weak memories show.
+        margin: how much being told a key raises its log-probability, in nats: the value in the item where it was told,
+            minus the mean over the items where another key was told; 0 by chance. How likely the model finds a number
+            anyway cancels out, so even a weak memory shows.
     """
 
     name: str
@@ -115,7 +116,7 @@ class Passkey:
 class Items:
     """N texts of P tokens that end with the question, and C possible answers to each.
 
-    Of C items that follow one another, all have the same keys, and each is told another one.
+    Groups of C consecutive items have the same C keys, and each item of a group is told a different one.
 
     Attributes:
         prompts: int32, without padding.
@@ -252,7 +253,7 @@ def make_items(
 def _keys(
     tokenizer: PreTrainedTokenizerBase, config: GPTNeoConfig, draws: np.random.Generator
 ) -> Int[np.ndarray, "K k"]:
-    """Tokens of random numbers, all different: as many tokens for each as most numbers have."""
+    """Tokens of different random numbers, all with the number of tokens that is the most frequent one."""
     numbers = draws.choice(np.arange(10_000, 100_000), _NUMBERS, replace=False)
     rows = [row[1:] for row in document_tokens([f" {number}" for number in numbers], tokenizer, config)]
     usual = np.bincount([len(row) for row in rows]).argmax()
@@ -302,8 +303,8 @@ def key_scores(
 ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"]]:
     """Log-probability of each key after its prompt, and whether it is what greedy decoding says.
 
-    The prompt is read once, and each key goes on from there: a layer with splats and a finite window needs memory in
-    proportion to the prompt, and remembers nothing that grows with it.
+    The prompt is read once, and each key continues from its cache. In a layer with splats and a finite window, reading
+    takes memory in proportion to the prompt, but the part of the cache that it leaves does not grow with it.
     """
     model = nnx.merge(graphdef, params)
     capacity = prompts.shape[1] + keys.shape[2]
@@ -326,7 +327,7 @@ def key_scores(
 def score_keys(
     arm: str, nats: Float[np.ndarray, "N C"], said: Bool[np.ndarray, "N C"], told: Int[np.ndarray, "N"]
 ) -> PasskeyScore:
-    """What an arm's log-probabilities of the keys of `Items`, and whether it says them, come to."""
+    """The score of an arm on `Items`: `nats` are the log-probabilities of the keys, `said` whether it says them."""
     right = np.eye(CANDIDATES, dtype=bool)[told]
     best_other = np.where(right, -np.inf, nats).max(axis=1)
     by_group = nats.reshape(-1, CANDIDATES, CANDIDATES)

@@ -50,7 +50,7 @@ class ArmScore:
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """All arms on tokens by their position in their row, where 0 is the one that starts it.
+    """All arms on the tokens in a range of positions; the token that starts a row has position 0.
 
     Attributes:
         first: position.
@@ -225,8 +225,8 @@ def cross_entropy(arm: Arm, rows: TextRows, *, batch_size: int = 8) -> float:
 
 def _losses(
     arms: Mapping[str, Arm], text: TextRows, batch_size: int, progress: Progress
-) -> dict[str, Float[np.ndarray, "N L-1"]]:
-    """Nats of each token but the first of its row; those of padding mean nothing."""
+) -> dict[str, Float[np.ndarray, "N P"]]:
+    """Nats of the P = L - 1 tokens of each row but the first; those of padding mean nothing."""
     shape = (len(text.document), text.input_ids.shape[1] - 1)
     losses = {arm: np.zeros(shape, np.float32) for arm in arms}
     batches = _batches(text.attention_mask, batch_size)
@@ -262,8 +262,8 @@ def _batches(mask: Bool[np.ndarray, "N L"], batch_size: int) -> list[tuple[Int[n
     powers = 2 ** np.ceil(np.log2(mask.sum(axis=1))).astype(int)
     lengths = np.minimum(np.maximum(powers, _SHORTEST), mask.shape[1])
     return [
-        (rows[start : start + count], int(length))
-        for length in np.unique(lengths)
+        (rows[start : start + count], length)
+        for length in np.unique(lengths).tolist()
         for rows, count in [(np.flatnonzero(lengths == length), rows_at_once(length, batch_size))]
         for start in range(0, len(rows), count)
     ]

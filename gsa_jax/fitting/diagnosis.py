@@ -52,8 +52,8 @@ class HeadDiagnostics:
         far_mass: weight that they get through the splats.
         usage: how many splats that weight goes through, as a perplexity between 1 and S; 0 if there is no weight.
         dead_splats: how many carry less than a hundredth of an equal share of it.
-        centers_gradient: norm of the gradient of the language-modelling loss.
-        log_scales_gradient: the same for the scales.
+        centers_gradient: norm of the gradient of the language-modelling loss in the centres.
+        log_scales_gradient: the same in the logarithms of the scales.
     """
 
     layer: int
@@ -96,11 +96,11 @@ def diagnose(folder: str | Path, text: str | Path, *, window: Window | None = No
 
     Args:
         window: tokens seen exactly; as the checkpoint says if None.
-        tokens: of the text to use, at most one window more.
+        tokens: of the text to use, rounded up to whole rows.
 
     Raises:
-        InputError: the checkpoint or the text cannot be used, or nothing goes through splats (no splats, an infinite
-            window, or no token that far from another).
+        InputError: the checkpoint or the text cannot be used, or nothing goes through splats: there are none, the
+            window is `"all"`, or no two tokens of a row are `window` apart.
     """
     config, tensors = load_tensors(folder)
     if window is not None:
@@ -164,7 +164,7 @@ def _loss_and_gradients(
 ) -> tuple[jax.Array, nnx.State]:
     """Mean loss over all tokens and its gradient in the splats, one sequence in memory at a time."""
     counts = jnp.sum(attention_mask[:, 1:] & attention_mask[:, :-1], axis=1)
-    shares = counts / jnp.maximum(jnp.sum(counts), 1)
+    shares = counts.astype(jnp.float32) / jnp.maximum(jnp.sum(counts), 1).astype(jnp.float32)
 
     def loss(splats: nnx.State, ids: jax.Array, mask: jax.Array, share: jax.Array) -> jax.Array:
         logits = nnx.merge(graphdef, splats, rest)(ids[None], mask[None])

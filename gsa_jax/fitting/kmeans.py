@@ -42,7 +42,7 @@ def _kmeans(keys: jax.Array, points: jax.Array, count: int) -> tuple[jax.Array, 
 
 def _kmeans_head(key: jax.Array, points: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     mean = jnp.mean(points, axis=0)
-    points = points - mean  # squared distances are differences of squared norms
+    points = points - mean  # squared distances, computed from squared norms, would cancel otherwise
 
     def seed(step: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         centers, nearest = carry

@@ -40,11 +40,11 @@ from gsa_jax.progress import Progress
 FIT_REPORT_FILE = "fit_init.json"
 
 ENTROPY_BAND = (0.2, 0.9)
-"""What a head's entropy may be asked for, where 1 is equal weights. Heads outside of it start with attention that
-hardly moves when their splats do."""
+"""Range that the entropy to fit is moved into, where 1 is equal weights. Outside of it, the attention of a head hardly
+changes when its splats do."""
 
 _FAR_SHARE_BAND = (0.01, 0.99)
-"""The same for the mass of far keys in rows that have any: without it, a head's splats get no gradient."""
+"""The same for the mass of far keys, as a share of the largest possible: with no mass, splats get no gradient."""
 
 _SCALE_RANGE = (0.02, 50.0)
 """Scales that are searched, in units of the root mean square norm of a head's queries."""
@@ -106,16 +106,17 @@ def fit_init(
 ) -> FitReport:
     """Writes a checkpoint whose splats start at what the exact model does on a text; all or nothing.
 
-    What a head's splat s makes of a query and a key is
+    A splat s contributes to the weight of a key k for a query q the product
 
         phi_s(q) phi_s(k) = exp(-|q - k|^2 / (4 sigma^2)) exp(-|c_s - (q + k) / 2|^2 / sigma^2)
 
-    so a splat is of use to pairs that have it between them: centres are clusters of the midpoints of pairs that exact
-    attention draws together. Where they are dense, the sum over them is the first factor. A `norm_gain` starts at
-    1 / (4 sigma^2), which makes that exp(q . k / (2 sigma^2)): exact attention's exp(q . k) if sigma^2 is 1/2.
+    so it serves pairs whose midpoint is near its centre. The centres are therefore clusters of the midpoints of pairs
+    drawn by the weights of exact attention. Where centres are dense, the sum over splats is proportional to the first
+    factor. A `norm_gain` starts at 1 / (4 sigma^2), which turns that factor into exp(q . k / (2 sigma^2)). With
+    sigma^2 = 1/2, this is the exp(q . k) of exact attention.
 
-    One sigma, shared by a head's splats, gives attention through them alone the mean entropy that the exact attention
-    has. A `far_gain` gives far keys the mass that they have there. Log-amplitudes start at 0.
+    All splats of a head share one sigma, at which attention through them alone has the mean entropy of exact attention.
+    A `far_gain` gives far keys the mass that they have in exact attention. Log-amplitudes start at 0.
 
     Args:
         folder: a checkpoint, with splats, which are replaced, or without.
@@ -123,7 +124,7 @@ def fit_init(
         text: UTF-8 file of documents, as `gsa_jax.text` reads them.
         splats: what to attach; as the checkpoint has them if None, or the preset `hybrid` if it has none.
         seed: of the clusters and of the rows that are looked at; the same seed gives the same bits.
-        tokens: of the text to use, at most one window more.
+        tokens: of the text to use, rounded up to whole rows.
         progress: wraps the names of the layers.
 
     Raises:

@@ -36,7 +36,7 @@ _DEAD_SHARE = 0.01
 def calibration_tokens(
     folder: Path, text: Path, config: GPTNeoConfig, tokens: int
 ) -> tuple[Int[np.ndarray, "N T"], Bool[np.ndarray, "N T"]]:
-    """The first windows of a text that hold `tokens` tokens together, or all there are; ids and mask, right-padded.
+    """Ids and mask, right-padded, of the first rows of a text that hold `tokens` tokens together, or of all rows.
 
     Raises:
         InputError: the text or the checkpoint's tokenizer cannot be read.

@@ -81,9 +81,9 @@ def splat_attention(
     maxima per splat and per query, never clamped, so that scores of any size give finite results and gradients.
 
     Args:
-        window: tokens seen exactly, the query's own included. `"all"`: all of them, and 0: none, so that even the
-            query's own token is seen through the splats. A window that holds all tokens, without `initial_state`, takes
-            the path of `causal_attention`, bit for bit.
+        window: tokens seen exactly, the query's own included; `"all"` for every token. With 0, even the query's own
+            token is seen through the splats. Without `initial_state`, "chunked" with a window that holds all tokens
+            gives the same bits as `causal_attention`.
         attention_mask: `[B, T]`, bools or Hugging Face's integers: 1 for tokens, 0 for padding, anywhere; all tokens if
             None. Padding contributes nothing to outputs, state or gradients, whatever finite numbers it holds. Its own
             output is 0, or arbitrary and finite where the window holds everything.
@@ -157,7 +157,7 @@ def _fill_window(
     value: Float[Array, "B T H D"],
     segments: Int[Array, "B T"],
 ) -> SplatState:
-    """An empty state after tokens that all fit into its window."""
+    """Puts tokens that all fit into the window into an empty state."""
 
     def of_head(state: SplatState, key: jax.Array, value: jax.Array, segments: jax.Array) -> SplatState:
         key, value = (without_padding(x, segments) for x in (key, value))

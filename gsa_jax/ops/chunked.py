@@ -1,7 +1,7 @@
 """Attention through splats in linear time, many tokens at once: training and prefill.
 
 May be changed here: how a chunk is computed. A chunk maps (state, tokens) to (state, outputs); a scan does the rest.
-`_factors` and `_chunk` are of one head of one row; what all heads and rows decide together stands between them.
+`_factors` and `_chunk` work on one head of one row; `chunked` decides what all heads and rows must do alike.
 """
 
 import dataclasses
@@ -22,15 +22,17 @@ from gsa_jax.ops.state import (
     SplatState,
     append_to_window,
     compensated,
+    exp_relative,
     key_features,
     query_features,
+    weighted_mean,
     without_padding,
 )
 from gsa_jax.ops.steep import STEEP, level_weights, steep_weights
 
 _CHUNK = 64
-"""Least tokens per chunk by default. A wider window takes chunks of its own width, or the window's keys, which each
-chunk reads, would outweigh the chunk's."""
+"""Least tokens per chunk by default. A wider window takes chunks of its own width, up to `_MAX_CHUNK`: each chunk reads
+all keys of the window, which should not be many more than its own keys."""
 
 _MAX_CHUNK = 256
 
@@ -90,7 +92,7 @@ def chunked(
         reached = jax.vmap(reached_by)(left, document)
         begins = jnp.any(reached.has_key & ~(reached.goes_on & jnp.any(state.m > FLOOR, axis=(1, 2))[:, None]))
         factors = factors_of(query, key, segments, left, reached, splats, state, begins)
-        # One decision for all heads and rows: under `vmap`, a branch of each would be both branches.
+        # Decided once for all heads and rows: under `vmap`, one condition for each would compute both branches.
         steep = jnp.any(factors.add >= STEEP)
         output, state = chunk(query, key, value, segments, key_segments, reached, factors, state, steep)
         return (state, key_segments[:, size:], reached.document[:, -1]), output
@@ -105,10 +107,12 @@ def chunked(
         (1, STATE_HEADS),
         (0, STATE_ROWS),
     )
-    # Slots past the end let no key leave; the window that they slide through is the one of `final` in the end.
+    # The last chunk may have slots past the end of the row. No key leaves the window at them, so the sums are right.
+    # But the window moves on past the end, so the one of `final` is taken instead.
     exists = jnp.arange(count * size).reshape(count, size) < length
     tokens = (*map(chunks, (query, key, value, segments)), exists)
-    # What a call begins with is document 1: a row of one document is, and packed rows begin empty.
+    # Keys before this call belong to document 1: without `segment_ids` a row is one document of that number, and with
+    # them there are no keys before.
     carried = state, state.valid.astype(segments.dtype), jnp.ones(batch, segments.dtype)
     (state, _, _), output = jax.lax.scan(body, carried, tokens)
     output = jnp.moveaxis(output, 0, 1).reshape(batch, count * size, heads, head_dim)[:, :length]
@@ -134,7 +138,7 @@ def _factors(
     state: SplatState,
     begins: Bool[Array, ""],
 ) -> Factors:
-    """Of T tokens.
+    """The factors of T tokens.
 
     Args:
         left: segments of the keys that leave the window.
@@ -181,27 +185,29 @@ def _chunk(
 
     document, read, add = reached.document, factors.read, factors.add
     causal = jnp.tril(jnp.ones((length, length), bool)) & (document[:, None] == document)
-    if add.shape[1]:
-        # What the steep way keeps for the backward pass would be zeros in all other chunks.
-        ways = (
-            jax.checkpoint(steep_weights),
-            lambda read, add, near_top, causal, _: level_weights(read, add, near_top, causal),
-        )
-        top, factor, within = jax.lax.cond(steep, *ways, read, add, near_top, causal, document)
-    else:
-        top, factor, within = level_weights(read, add, near_top, causal)
+
+    def level() -> tuple[jax.Array, ...]:
+        return level_weights(read, add, near_top, causal)
+
+    # Without the checkpoint, all other chunks would store zeros in place of what a steep chunk keeps for the backward
+    # pass.
+    @jax.checkpoint
+    def any_way() -> tuple[jax.Array, ...]:
+        return steep_weights(read, add, near_top, causal, document)
+
+    top, factor, within = jax.lax.cond(steep, any_way, level) if add.shape[1] else level()
     weights = jnp.exp(near - top[:, None]) + jnp.pad(within, [(0, 0), (0, window)])
     numerator = weights @ wide_values + jnp.where(reached.goes_on[:, None], factor @ state.kv, 0)
     denominator = jnp.sum(weights, axis=-1) + jnp.where(reached.goes_on, factor @ state.z, 0)
-    output = numerator / jnp.where(denominator > 0, denominator, 1)[:, None]
+    output = weighted_mean(numerator, denominator)
 
     following = append_to_window(state, key, value, segments)
     of_last = document == document[-1]
     added = jnp.where(of_last[:, None], add, -jnp.inf)
     m_before = jnp.where(reached.goes_on[-1], state.m, FLOOR)
     m = jnp.maximum(m_before, factors.last + jax.lax.stop_gradient(jnp.max(added, axis=0, initial=-jnp.inf)))
-    # Sums relative to `FLOOR`, and those of another document, count exp(FLOOR - m) = 0.
-    kept, added = jnp.exp(m_before - m), jnp.exp(added + (factors.last - m))
+    # The factor exp(FLOOR - m) = 0 removes sums of another document; before the first key, all sums are 0 anyway.
+    kept, added = exp_relative(m_before - m), exp_relative(added + (factors.last - m))
     kv, kv_rest = compensated(state.kv, state.kv_rest, kept[:, None], added.T @ wide_values[:length])
     z, z_rest = compensated(state.z, state.z_rest, kept, jnp.sum(added, axis=0))
     return output, dataclasses.replace(following, kv=kv, kv_rest=kv_rest, z=z, z_rest=z_rest, m=m)

@@ -14,7 +14,8 @@ from jaxtyping import Array
 R = TypeVar("R")
 
 MESH_AXES = ("data", "fsdp", "tensor")
-"""Rows of the batch; rows of the batch and one side of each matrix; heads with their splats, and the MLP's width."""
+"""`data` cuts rows of the batch; `fsdp` rows of the batch and one side of each matrix; `tensor` heads with their
+splats, and the MLP's width."""
 
 BATCH = P(("data", "fsdp"))
 """Of an array whose first axis is the rows of a batch."""
@@ -22,7 +23,7 @@ BATCH = P(("data", "fsdp"))
 ROWS_AND_HEADS = P(("data", "fsdp"), "tensor")
 TOKENS_AND_HEADS = P(("data", "fsdp"), None, "tensor")
 HEADS = P("tensor")
-"""Of arrays `[B, H, ...]`, `[B, T, H, ...]` and `[H, ...]`."""
+"""How arrays `[B, H, ...]`, `[B, T, H, ...]` and `[H, ...]` are cut."""
 
 
 def keep_rows_apart(x: Array) -> Array:

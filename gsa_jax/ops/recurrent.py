@@ -16,8 +16,10 @@ from gsa_jax.ops.state import (
     Splats,
     SplatState,
     compensated,
+    exp_relative,
     key_features,
     query_features,
+    weighted_mean,
 )
 
 
@@ -74,17 +76,17 @@ def _step(
     left_key, left_value, left_valid = left
     feature = key_features(splats, left_key.astype(dtype)[None], left_valid[None])[0]
     m = jax.lax.stop_gradient(jnp.maximum(state.m, feature))
-    kept, added = jnp.exp(state.m - m), jnp.exp(feature - m)
+    kept, added = exp_relative(state.m - m), exp_relative(feature - m)
     kv, kv_rest = compensated(state.kv, state.kv_rest, kept[:, None], added[:, None] * left_value.astype(dtype))
     z, z_rest = compensated(state.z, state.z_rest, kept, added)
 
     far = query_features(splats, wide_query[None])[0] + m
     top = jax.lax.stop_gradient(jnp.max(jnp.concatenate([near, far]), initial=FLOOR))
-    near, far = jnp.exp(near - top), jnp.exp(far - top)
+    near, far = exp_relative(near - top), exp_relative(far - top)
     numerator, denominator = far @ kv, jnp.sum(near) + far @ z
     if window:
         numerator += near[:-1] @ state.value.astype(dtype) + near[-1] * value.astype(dtype)
-    output = numerator / jnp.where(denominator > 0, denominator, 1)
+    output = weighted_mean(numerator, denominator)
     sums = dataclasses.replace(state, kv=kv, kv_rest=kv_rest, z=z, z_rest=z_rest, m=m, length=state.length + 1)
     return output, sums
 

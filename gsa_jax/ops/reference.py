@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gsa_jax.ops.segments import visible
-from gsa_jax.ops.state import FLOOR, Splats, SplatState, append_to_window, without_padding
+from gsa_jax.ops.state import FLOOR, Splats, SplatState, append_to_window, weighted_mean, without_padding
 
 
 def scores(
@@ -83,7 +83,7 @@ def reference(
     top = jax.lax.stop_gradient(top)
     weights, older = jnp.exp(score - top), jnp.exp(older - top)
     denominator = jnp.sum(weights, axis=-1) + older @ state.z
-    output = (weights @ value + older @ state.kv) / jnp.where(denominator > 0, denominator, 1)[:, None]
+    output = weighted_mean(weights @ value + older @ state.kv, denominator)
 
     left = jnp.where((key_segments[:length] != 0)[:, None], log_key[:length] + shared, -jnp.inf)
     m = jax.lax.stop_gradient(jnp.maximum(state.m, jnp.max(left, axis=0)))

@@ -32,19 +32,20 @@ def token_mask(attention_mask: ArrayLike | None, shape: tuple[int, ...]) -> Bool
     if attention_mask is None:
         return jnp.ones(shape, bool)
     mask = attention_mask if isinstance(attention_mask, jax.Array) else np.asarray(attention_mask)
-    if mask.shape != shape or not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
+    is_bool = mask.dtype == bool
+    if mask.shape != shape or not (is_bool or jnp.issubdtype(mask.dtype, jnp.integer)):
         raise InputError(
             f"attention_mask is {mask.dtype}{list(mask.shape)}; give {list(shape)} bools, or integers that are 1 for "
             "tokens and 0 for padding"
         )
-    if mask.dtype != bool and not isinstance(mask, Tracer):
+    if not is_bool and not isinstance(mask, Tracer):
         others = set(np.unique(np.asarray(mask)).tolist()) - {0, 1}
         if others:
             raise InputError(
                 f"attention_mask holds {min(others)}; give 1 for tokens and 0 for padding, and numbers of documents as "
                 "segment_ids"
             )
-    return jnp.asarray(mask != 0)
+    return jnp.asarray(mask if is_bool else mask != 0)
 
 
 def check_segment_ids(segment_ids: ArrayLike, shape: tuple[int, ...]) -> Int[Array, "B T"]:
@@ -93,16 +94,16 @@ def visible(queries: Int[Array, "*rows T"], keys: Int[Array, "*rows K"]) -> Bool
 
 
 class Reached(NamedTuple):
-    """How far the keys that left the window have come, at each slot of a chunk of a row.
+    """The document that the keys which left the window have reached, at each slot of a chunk of a row.
 
-    Documents never fall along a row, so of all keys that left the window a token can read those of one document alone:
-    the one that they have reached.
+    Document numbers never fall along a row, so of all keys that left the window, a token can read only those of the
+    last such document.
 
     Attributes:
         document: the number of that document; 1 before the first key.
-        has_key: whether a key of it has left the window since the beginning of the chunk.
-        first: slot of the chunk at which the first one of these did; anything if there is none.
-        goes_on: whether the keys before the chunk had reached it already, so that the sums are of it.
+        has_key: whether a key of this document has left the window since the beginning of the chunk.
+        first: slot of the chunk at which the first such key left; arbitrary if there is none.
+        goes_on: whether this document had been reached before the chunk, so that the state's sums belong to it.
     """
 
     document: Int[Array, "*B T"]
@@ -112,7 +113,7 @@ class Reached(NamedTuple):
 
 
 def reached_by(left: Int[Array, "T"], before: Int[Array, ""]) -> Reached:
-    """Of the segments of the keys that leave the window at each slot, 0 where there is none.
+    """`Reached`, from the segment of the key that leaves the window at each slot, 0 where none does.
 
     Args:
         before: the document that the keys before the chunk had reached.

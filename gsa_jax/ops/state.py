@@ -17,8 +17,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 FLOOR = -1e30
-"""Below every score. Finite, so that differences between maxima over nothing are numbers; an unseen key's own score is
--inf, and its weight exactly 0."""
+"""The maximum over no keys: below every score, and finite, so that the difference of two such maxima is not NaN. The
+score of a key that is not seen is -inf, so its weight is exactly 0."""
+
+
+_HIGHEST = 10.0
+"""Limit of a score relative to its maximum: above what rounding adds to meaningful scores, and far from overflow."""
 
 
 @no_type_check  # a pytree also holds axes, shapes and shardings
@@ -74,7 +78,8 @@ class SplatState:
     """The past, in constant size: the window exactly, everything older as sums over each splat.
 
     A key that left the window has, for splat s, the log feature `f = log phi_s(key) + |c_s|^2 / (2 sigma_s^2) +
-    beta |key|^2` (what all keys of a splat share is counted with the query, where it costs no precision).
+    beta |key|^2`. Its second term removes a constant from `log phi_s`; the query's feature contains it instead, where
+    it costs no precision.
 
     Attributes:
         key: the last W keys; the token at slot t lies at index `t % W`. Padding is stored as zeros.
@@ -108,7 +113,7 @@ STATE_ROWS = dataclasses.replace(STATE_HEADS, valid=0)
 def init_splat_state(splats: Splats, batch: int, window: int, dtype: jax.typing.DTypeLike) -> SplatState:
     """The state before the first token, for keys and values of `dtype`; the sums are float32 at least."""
     heads, num_splats, head_dim = splats.centers.shape
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
     kv = jnp.zeros((batch, heads, num_splats, head_dim), wide)
     z = jnp.zeros((batch, heads, num_splats), wide)
     return SplatState(
@@ -142,7 +147,7 @@ def without_padding(x: Float[Array, "T D"], segments: Int[Array, "T"]) -> Float[
 def append_to_window(
     state: SplatState, key: Float[Array, "T D"], value: Float[Array, "T D"], segments: Int[Array, "T"]
 ) -> SplatState:
-    """Moves a window that is in the order of time on by T slots without padding; the sums stay as they are."""
+    """Moves a window in the order of time on by T slots, whose padding must be zeros; the sums stay as they are."""
     length, window = len(key), len(state.key)
     new = min(length, window)
     key, value, valid = (x[length - new :] for x in (key, value, segments != 0))
@@ -153,6 +158,27 @@ def append_to_window(
         valid=jnp.concatenate([state.valid[new:], valid]),
         length=state.length + length,
     )
+
+
+def exp_relative(x: Array) -> Array:
+    """`exp(x)` of scores relative to their maximum: finite however x was rounded, and its derivative is its value.
+
+    A compiler may compute a score twice, for its maximum and for the difference from it, and round it differently each
+    time. Scores near 1e9, which scales of 1e-3 give, then lie hundreds above their maximum, and would overflow. What
+    lies a little above it is left as it is: all scores of a row may have been rounded alike.
+    """
+    return jnp.exp(x - jax.lax.stop_gradient(jnp.maximum(x - _HIGHEST, 0)))
+
+
+def weighted_mean(numerator: Float[Array, "*T D"], denominator: Float[Array, "*T"]) -> Float[Array, "*T D"]:
+    """The quotient; 0 where a query sees nothing.
+
+    Scores are relative to their maximum, so a denominator is about 1 at least, unless scores near 1e9 have been rounded
+    by hundreds. Both sides are scaled by a constant first: the gradient divides by the square of the denominator, which
+    must not underflow even then.
+    """
+    scale = jax.lax.stop_gradient(1 / jnp.maximum(denominator, -1 / FLOOR))
+    return numerator * scale[..., None] / jnp.where(denominator > 0, denominator * scale, 1)[..., None]
 
 
 def compensated(total: Array, rest: Array, kept: Array, new: Array) -> tuple[Array, Array]:
@@ -166,7 +192,10 @@ def compensated(total: Array, rest: Array, kept: Array, new: Array) -> tuple[Arr
 
 
 def query_features(splats: Splats, query: Float[Array, "T D"]) -> Float[Array, "T S"]:
-    """`log phi_s(query)` and all that does not depend on the key; plus a key's `f`, the far score through one splat."""
+    """The part of a far score through each splat that does not depend on the key; the key's part is `key_features`.
+
+    Their sum is `log phi_s(query) + log phi_s(key) + log a_s + beta (|query|^2 + |key|^2) + lambda`.
+    """
     splats = splats.complete(query.dtype)
     inverse_variance = jnp.exp(-2 * splats.log_scales)
     shared = -inverse_variance * jnp.sum(jnp.square(splats.centers), axis=-1)
@@ -174,15 +203,15 @@ def query_features(splats: Splats, query: Float[Array, "T D"]) -> Float[Array, "
 
 
 def key_features(splats: Splats, key: Float[Array, "T D"], valid: Bool[Array, "T"]) -> Float[Array, "T S"]:
-    """`f` of `SplatState`; -inf for keys that are not there."""
+    """The log feature `f` of `SplatState` of each key; -inf for keys that are not there."""
     return jnp.where(valid[:, None], _log_gaussians(splats.complete(key.dtype), key), -jnp.inf)
 
 
 def _log_gaussians(splats: Splats, x: Float[Array, "T D"]) -> Float[Array, "T S"]:
     """`x . c_s / sigma_s^2 + (beta - 1 / (2 sigma_s^2)) |x|^2`.
 
-    A matrix product instead of differences `x - c_s`: it is fast everywhere, and far centres or a beta near
-    `1 / (2 sigma^2)` leave the small remainder that matters without rounding the large terms that cancel.
+    This is a matrix product instead of differences `x - c_s`, which makes it fast everywhere. For far centres or a beta
+    near `1 / (2 sigma^2)`, large terms cancel before they are computed, so the small remainder is not rounded away.
     """
     inverse_variance = jnp.exp(-2 * splats.log_scales)
     directions = splats.centers * inverse_variance[:, None]

@@ -1,10 +1,10 @@
 """Sums over splats within a chunk, when features rise so far that a product of two factors could overflow.
 
 The weight of key j for token t is `sum_s exp(read[t, s] + add[j, s])`. With level features it is the matrix product of
-`exp(read - top)` and `exp(add)`. A feature that rises by more than `STEEP` over the ones before would overflow the
-second factor, and taking both relative to a larger maximum would let a later key decide what an earlier token loses to
-underflow. Tokens from the first such key on take the sums of `pairs_within` instead. Whether a token does depends on
-keys up to it alone, so that no bit of an output depends on the future.
+`exp(read - top)` and `exp(add)`. A feature that rises by more than `STEEP` above its base (`chunked.Factors`) would
+overflow the second factor. A larger base would avoid that, but then a later key would decide which weights of an
+earlier token underflow. So tokens from the first such key on take the sums of `pairs_within` instead. Whether a token
+does depends only on keys up to it, so that no bit of an output depends on the future.
 
 May be changed here: how such sums are computed. Everything is of one head of one row.
 """
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.ops.state import FLOOR
+from gsa_jax.ops.state import FLOOR, exp_relative
 
 STEEP = 40.0
-"""How far a feature may rise over what it is relative to: exp(40) times exp(40) fits in float32."""
+"""How far a feature may rise above its base: exp(40) times exp(40) fits in float32."""
 
 _BASE = 4
 """Tokens whose scores through the splats are summed pair by pair, without factors."""
@@ -37,11 +37,11 @@ def steep_weights(
     causal: Bool[Array, "T T"],
     document: Int[Array, "T"],
 ) -> tuple[Float[Array, "T"], Float[Array, "T S"], Float[Array, "T T"]]:
-    """The same, right for all features. Tokens before the first steep key of their document get the same bits.
+    """As `level_weights`, but right for all features; equal bits for tokens before their document's first steep key.
 
     Args:
         causal: whether the token of a row may read the key of a column.
-        document: that the keys have reached at each token; `causal` is False between different ones.
+        document: the one that the keys have reached at each token; `causal` is False between two documents.
     """
     rises = jax.lax.stop_gradient(add)
     highest = _running_maximum(jnp.max(rises, axis=-1, keepdims=True), document)[:, 0]
@@ -59,7 +59,7 @@ def steep_weights(
 def _product(
     relative: Float[Array, "T S"], add: Float[Array, "T S"], causal: Bool[Array, "T T"]
 ) -> tuple[Float[Array, "T S"], Float[Array, "T T"]]:
-    factor = jnp.exp(relative)
+    factor = exp_relative(relative)
     added = jnp.exp(jnp.where(add < STEEP, add, -jnp.inf))
     return factor, jnp.where(causal, factor @ added.T, 0)
 
@@ -81,7 +81,7 @@ def pairs_within(read: Float[Array, "T S"], add: Float[Array, "T S"], document: 
     the tokens are halved again and again: the later half reads the earlier one through r = the earlier half's maximum,
     and what is left at the end are small blocks along the diagonal.
 
-    Of an earlier half, a later one can share none but the last document, and that one's maximum is r.
+    The only document that both halves can share is the last one of the earlier half, so r is the maximum over it.
     """
     length, num_splats = read.shape
     base = min(_BASE, length)
@@ -94,7 +94,7 @@ def pairs_within(read: Float[Array, "T S"], add: Float[Array, "T S"], document: 
     of_block = document.reshape(count, base)
     causal = jnp.tril(jnp.ones((base, base), bool)) & (of_block[:, :, None] == of_block[:, None, :])
     scores = read.reshape(count, base, 1, num_splats) + add.reshape(count, 1, base, num_splats)
-    weights = jnp.sum(jnp.exp(jnp.where(causal[..., None], scores, -jnp.inf)), axis=-1)
+    weights = jnp.sum(exp_relative(jnp.where(causal[..., None], scores, -jnp.inf)), axis=-1)
     while count > 1:
         count //= 2
         halves = document.reshape(count, 2, base)
@@ -102,7 +102,7 @@ def pairs_within(read: Float[Array, "T S"], add: Float[Array, "T S"], document: 
         earlier = jnp.where((halves[:, 0] == last)[..., None], add.reshape(count, 2, base, num_splats)[:, 0], -jnp.inf)
         later = jnp.where((halves[:, 1] == last)[..., None], read.reshape(count, 2, base, num_splats)[:, 1], -jnp.inf)
         maximum = jax.lax.stop_gradient(jnp.max(earlier, axis=1, keepdims=True, initial=FLOOR))
-        across = jnp.einsum("nts,nks->ntk", jnp.exp(later + maximum), jnp.exp(earlier - maximum))
+        across = jnp.einsum("nts,nks->ntk", exp_relative(later + maximum), exp_relative(earlier - maximum))
         # An axis of 2 instead of strided slices, whose gradient aborts the TPU's compiler.
         blocks = weights.reshape(count, 2, base, base)
         upper = jnp.pad(blocks[:, 0], [(0, 0), (0, 0), (0, base)])

@@ -9,6 +9,7 @@ import torch
 from gsa_jax import InputError, SplatConfig
 from gsa_jax.checkpoint import load_tensors
 from gsa_jax.convert import convert, export
+from helpers.bits import assert_same_tensors
 from helpers.hf_folders import (
     ATTENTION,
     GSA,
@@ -16,7 +17,6 @@ from helpers.hf_folders import (
     NUM_HEADS,
     NUM_LAYERS,
     UNUSED,
-    assert_same_tensors,
     read_safetensors,
     splat_tensors,
     tiny_config,
@@ -51,7 +51,11 @@ def ours(splats: dict[str, torch.Tensor], leaves: dict[str, str]) -> dict[str, t
     return {f"{name.rpartition('.')[0]}.{new[name.rpartition('.')[2]]}": tensor for name, tensor in splats.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(x, marks=pytest.mark.slow) for x in (torch.float32, torch.float16))],
+    ids=str,
+)
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_dialect_there_and_back(tmp_path, dialect, dtype):
     leaves, extras = DIALECTS[dialect]

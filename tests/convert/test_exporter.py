@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, GPTNeoForCausalLM
 from gsa_jax import GPTNeoConfig, SplatConfig
 from gsa_jax.checkpoint import load_tensors
 from gsa_jax.convert import convert, export
+from helpers.bits import assert_same_tensors
 from helpers.hf_folders import (
     GSA,
     UNUSED,
-    assert_same_tensors,
     read_safetensors,
     splat_tensors,
     tiny_config,
@@ -25,7 +25,8 @@ from helpers.hf_folders import (
     write_bin_folder,
     write_folder,
 )
-from helpers.hf_oracle import random_ids, torch_logits
+from helpers.hf_oracle import torch_logits
+from helpers.tiny_models import random_ids
 
 WITH_TRANSFORMERS_5 = """
 import sys

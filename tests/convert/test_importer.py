@@ -16,12 +16,11 @@ from gsa_jax.checkpoint import load_tensors, load_tokenizer
 from gsa_jax.convert import convert
 from gsa_jax.errors import InputError
 from gsa_jax.parameters import expected_shapes
+from helpers.bits import assert_same_tensors, bits
 from helpers.hf_folders import (
     ATTENTION,
     NUM_HEADS,
     NUM_LAYERS,
-    assert_same_tensors,
-    bits,
     read_safetensors,
     tiny_config,
     tiny_tensors,

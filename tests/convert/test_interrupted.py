@@ -99,7 +99,9 @@ def interrupted(source: Path, out: Path, moment: str, signal_name: str) -> subpr
     return ended
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment", ["writing", *(pytest.param(x, marks=pytest.mark.slow) for x in MOMENTS if x != "writing")]
+)
 def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path, source, moment):
     out = tmp_path / "new" / "out"
     assert interrupted(source, out, moment, "SIGKILL").returncode == -9
@@ -114,7 +116,9 @@ def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path, source, moment)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize(("signal_name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("signal_name", "code"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)]
+)
 def test_a_terminated_conversion_cleans_up(tmp_path, source, moment, signal_name, code):
     out = tmp_path / "new" / "out"
     ended = interrupted(source, out, moment, signal_name)

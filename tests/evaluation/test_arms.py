@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from gsa_jax import InputError, SplatConfig, load_tokenizer
 from gsa_jax.checkpoint import load_tensors, save, tokenizer_files
@@ -14,7 +13,6 @@ from gsa_jax.evaluation.arms import make_arms, rows_at_once
 from gsa_jax.evaluation.perplexity import Evaluation, evaluate, score_arms
 from gsa_jax.parameters import POSITION_EMBEDDING, extend_positions
 from gsa_jax.text import read_documents, text_rows
-from helpers.hf_oracle import hf_model
 from helpers.texts import STORIES
 from helpers.tiny_checkpoints import SHAPE, WINDOW, tiny_checkpoint
 
@@ -43,6 +41,8 @@ def scores(evaluation: Evaluation) -> dict[str, float]:
 
 def cost(model, checkpoint: Path, context: int, max_documents: int | None = None) -> float:
     """Nats per token of the stories."""
+    import torch
+
     documents = read_documents(STORIES)[:max_documents]
     config = dataclasses.replace(load_tensors(checkpoint)[0], max_position_embeddings=context)
     windows = text_rows(documents, load_tokenizer(checkpoint), config)
@@ -54,6 +54,8 @@ def cost(model, checkpoint: Path, context: int, max_documents: int | None = None
 
 @pytest.mark.parity
 def test_the_reference_is_the_exact_arm(checkpoint: Path, reference: Path, own: Evaluation) -> None:
+    from helpers.hf_oracle import hf_model
+
     found = evaluate(checkpoint, STORIES, context=CONTEXT, reference=reference)
     expected = cost(hf_model(1, **SHAPE), checkpoint, CONTEXT)
     assert scores(found) == scores(own) | {"exact": pytest.approx(expected, abs=1e-5)}
@@ -65,6 +67,10 @@ def test_the_reference_is_the_exact_arm(checkpoint: Path, reference: Path, own: 
 
 @pytest.mark.parity
 def test_a_document_is_read_in_longer_windows(run_gsa, checkpoint: Path, reference: Path, tmp_path: Path) -> None:
+    import torch
+
+    from helpers.hf_oracle import hf_model
+
     out = tmp_path / "scores.json"
     words = ["--window", 0, "--max-positions", LONGER, "--position-extension", "tile", "--reference", reference]
     outcome = run_gsa("eval", checkpoint, "--text", STORIES, "--max-documents", 1, *words, "--json", out)

@@ -71,7 +71,7 @@ def test_how_hard_documents_are_does_not_blur_ratios() -> None:
     assert found["perplexity_ratio", "hybrid"].interval == pytest.approx((math.exp(0.025),) * 2)
 
 
-def test_bits_per_byte_count_the_bytes_of_the_documents_drawn() -> None:
+def test_bits_per_byte_count_the_bytes_of_the_documents_drawn(unchecked) -> None:
     """Where a document has as many bytes as nats, no resample changes the ratio of the two."""
     sums = made_up_sums()
     found = estimates(dataclasses.replace(sums, size=sums.nats["exact"].sum(axis=1)))["bits_per_byte", "exact"]

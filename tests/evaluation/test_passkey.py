@@ -10,16 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from gsa_jax import InputError, SplatConfig, load, load_tokenizer
 from gsa_jax.checkpoint import load_tensors
 from gsa_jax.evaluation.passkey import CANDIDATES, Items, Passkey, evaluate_passkey, key_scores, make_items, score_keys
 from gsa_jax.text import read_documents
-from helpers.hf_oracle import hf_model, ours, random_ids
 from helpers.texts import STORIES, TOLD
 from helpers.tiny_checkpoints import SHAPE, WINDOW, tiny_checkpoint
+from helpers.tiny_models import random_ids, tiny_model
 
 CONTEXT, POSITIONS = 100, 128
 """The tiny model has positions for one training length only."""
@@ -73,6 +72,10 @@ def test_depths_are_spread_evenly_and_items_are_always_the_same(checkpoint: Path
 @pytest.mark.parity
 def test_scores_of_keys_are_those_of_pytorch() -> None:
     """And a key is said exactly if PyTorch's greedy decoding says it."""
+    import torch
+
+    from helpers.hf_oracle import hf_model
+
     model = hf_model()
     prompts, keys = random_ids(1, 2, 30), random_ids(2, 2, 4, 3)
     with torch.no_grad():
@@ -82,7 +85,7 @@ def test_scores_of_keys_are_those_of_pytorch() -> None:
     keys[:, 1] = spoken[:, 30:].numpy()
     keys[:, 2] = keys[:, 1]
     keys[:, 2, -1] = (keys[:, 1, -1] + 1) % 97
-    nats, said = key_scores(*nnx.split(ours(model)), jnp.asarray(prompts), jnp.asarray(keys))
+    nats, said = key_scores(*nnx.split(tiny_model()), jnp.asarray(prompts), jnp.asarray(keys))
     for row in range(2):
         for candidate in range(4):
             ids = torch.from_numpy(np.concatenate([prompts[row], keys[row, candidate]])).long()[None]
@@ -95,6 +98,8 @@ def test_scores_of_keys_are_those_of_pytorch() -> None:
 
 def full_forward_margin(run, items: Items) -> float:
     """The margin from logits of whole sequences; `run` gives those of `[N, T]` ids."""
+    import torch
+
     nats = np.zeros(items.keys.shape[:2])
     for candidate in range(CANDIDATES):
         keys = items.keys[:, candidate]
@@ -107,6 +112,10 @@ def full_forward_margin(run, items: Items) -> float:
 
 @pytest.mark.parity
 def test_arms_score_as_their_models_do_without_a_cache(checkpoint: Path, passkey: Passkey) -> None:
+    import torch
+
+    from helpers.hf_oracle import hf_model
+
     def of_pytorch(pattern: str):
         model = hf_model(**SHAPE, attention_types=[[[pattern, "local"], 1]], window_size=WINDOW)
         return lambda ids: model(torch.from_numpy(ids).long()).logits.numpy()

@@ -4,13 +4,12 @@ import dataclasses
 import functools
 import json
 import math
-import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from gsa_jax import InputError, SplatConfig, load, load_tokenizer
@@ -19,22 +18,18 @@ from gsa_jax.config import OPTIONAL_TERMS
 from gsa_jax.convert import convert
 from gsa_jax.evaluation.arms import ARMS, make_arms
 from gsa_jax.evaluation.perplexity import Evaluation, evaluate
-from helpers.hf_folders import tiny_config, tiny_tensors, write_folder
-from helpers.hf_oracle import HFModel, hf_model
 from helpers.texts import STORIES
+from helpers.tiny_checkpoints import SHAPE, tiny_folder
 
 WINDOW, CONTEXT = 8, 100
 """As many tokens as the tiny model's local layer sees; less than the stories have."""
-SHAPE = {"vocab_size": 1024}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(story_neo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of a global and a local layer, with splats in the global one that its keys can reach."""
     folder = tmp_path_factory.mktemp("evaluation")
-    source = write_folder(folder / "source", tiny_tensors(**SHAPE), tiny_config(**SHAPE))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(story_neo / name, source / name)
+    source = tiny_folder(folder / "source", story_neo)
     convert(source, folder / "checkpoint", splats=SplatConfig(num_splats=3, window=WINDOW))
 
     def widen(tensors: dict[str, np.ndarray]) -> None:
@@ -58,8 +53,12 @@ def evaluation(checkpoint: Path) -> Evaluation:
 
 
 @functools.cache
-def torch_model(arm: str) -> HFModel:
+def torch_model(arm: str) -> Any:
     """The arms that PyTorch has: the model itself, all of its layers local, values of the global layer nothing."""
+    import torch
+
+    from helpers.hf_oracle import hf_model
+
     pattern = "local" if arm == "window-only" else "global"
     model = hf_model(**SHAPE, attention_types=[[[pattern, "local"], 1]], window_size=WINDOW)
     if arm == "none":
@@ -70,6 +69,8 @@ def torch_model(arm: str) -> HFModel:
 
 def losses(run, checkpoint: Path) -> np.ndarray:
     """`[nats, position]` of each token of the stories; `run` gives the logits of one window of ids."""
+    import torch
+
     tokenizer = load_tokenizer(checkpoint)
     found = []
     for story in STORIES.read_text(encoding="utf-8").split("<|endoftext|>"):
@@ -89,6 +90,8 @@ def scores(evaluation: Evaluation) -> dict[str, float]:
 @pytest.mark.parity
 @pytest.mark.parametrize("arm", ["exact", "window-only", "none"])
 def test_arms_that_pytorch_has_cost_what_pytorch_says(arm: str, checkpoint: Path, evaluation: Evaluation) -> None:
+    import torch
+
     with torch.no_grad():
         expected = losses(lambda ids: torch_model(arm)(ids).logits.numpy(), checkpoint)
     assert evaluation.tokens == len(expected)
@@ -102,10 +105,11 @@ def test_arms_that_pytorch_has_cost_what_pytorch_says(arm: str, checkpoint: Path
 @pytest.mark.parametrize(("arm", "window"), [("hybrid", WINDOW), ("splats-only", 0)])
 def test_arms_with_splats_are_the_loaded_model(arm: str, window: int, checkpoint: Path, evaluation: Evaluation) -> None:
     """One window at a time; padding comes from other tokens and is not said to be padding."""
+
     graphdef, params = nnx.split(load(checkpoint, window=window))
     forward = jax.jit(lambda params, ids: nnx.merge(graphdef, params)(ids))
 
-    def run(ids: torch.Tensor) -> np.ndarray:
+    def run(ids: Any) -> np.ndarray:
         padded = np.pad(ids.numpy(), ((0, 0), (0, CONTEXT - ids.shape[1])), constant_values=5)
         return np.array(forward(params, padded)[:, : ids.shape[1]])
 
@@ -147,6 +151,8 @@ def test_without_a_window_the_hybrid_is_splats_only(checkpoint: Path, evaluation
 
 def test_bits_per_byte_of_one_document(checkpoint: Path, tmp_path: Path) -> None:
     """Bytes are not characters; one document has no interval."""
+    import torch
+
     text = "A café is a small place. Tom's café is blue and white."
     path = tmp_path / "one.txt"
     path.write_text(text + "\n", encoding="utf-8")
@@ -237,3 +243,9 @@ def test_the_command_leaves_nothing_behind(run_gsa, checkpoint: Path, tmp_path: 
     out.write_text("mine", encoding="utf-8")
     run_gsa("eval", checkpoint, "--text", tmp_path / "missing.txt", "--json", out).assert_refused(out, "exists already")
     assert out.read_text(encoding="utf-8") == "mine" and list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("task", ["perplexity", "passkey"])
+def test_a_window_of_all_tokens_leaves_nothing_to_compare(run_gsa, checkpoint: Path, task: str) -> None:
+    outcome = run_gsa("eval", checkpoint, "--text", STORIES, "--window", "all", "--task", task)
+    outcome.assert_refused("window of all tokens", "--window W")

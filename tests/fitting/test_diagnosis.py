@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -98,7 +99,7 @@ def test_gradients_are_slopes_of_the_loss(diagnosed: Diagnosed) -> None:
         model = build_model(diagnosed.config, diagnosed.tensors | {name: diagnosed.tensors[name] + change})
         return float(loss_of(nnx.state(model)))
 
-    ids, mask = diagnosed.ids, diagnosed.mask
+    ids, mask = jnp.asarray(diagnosed.ids), jnp.asarray(diagnosed.mask)
     name = "transformer.h.2.attn.attention.splat_log_scales"
     nothing = np.zeros_like(diagnosed.tensors[name])
     np.testing.assert_allclose(diagnosed.diagnostics.loss, loss(name, nothing), rtol=1e-5)

@@ -21,7 +21,7 @@ from gsa_jax.fitting.placing import ENTROPY_BAND, FIT_REPORT_FILE, FitReport, fi
 from gsa_jax.fitting.statistics import RowSample, attended_midpoints, calibration_tokens, queries_and_keys, sample_rows
 from gsa_jax.parameters import build_model, without_splats
 from helpers.attention_oracle import head_splats, head_statistics, hf_queries_and_keys
-from helpers.hf_folders import assert_same_tensors
+from helpers.bits import assert_same_tensors
 from helpers.texts import STORIES
 
 SPLATS = SplatConfig(num_splats=6, window=24, layers="all", log_amplitudes=True, norm_gain=True, far_gain=True)
@@ -189,6 +189,7 @@ def test_all_but_the_splats_is_kept(fitted: Fitted) -> None:
     load(fitted.folder)
 
 
+@pytest.mark.slow
 def test_same_seed_same_bits_other_seed_other_splats(fitted: Fitted, tmp_path: Path) -> None:
     """The source has splats this time: they are replaced, and their configuration is kept."""
     report = fit_init(fitted.folder, tmp_path / "again", STORIES, seed=SEED)

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from transformers import GPTNeoForCausalLM as HFModel
 
 from gsa_jax.fitting.statistics import RowSample
 
@@ -91,6 +89,9 @@ def head_statistics(
 
 def hf_queries_and_keys(folder: Path, ids: np.ndarray, heads: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """What `q_proj` and `k_proj` of each layer give in PyTorch, `[N, T, H, D]`; ids are right-padded."""
+    import torch
+    from transformers import GPTNeoForCausalLM as HFModel
+
     model = HFModel.from_pretrained(folder).eval()
     seen: dict[str, np.ndarray] = {}
 

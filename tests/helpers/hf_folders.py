@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -84,17 +83,3 @@ def splat_tensors(leaves: dict[str, str], num_splats: int = 2, *, dtype: torch.d
         tensors[ATTENTION.format(layer) + leaves["centers"]] = torch.randn(*shape, HEAD_DIM).to(dtype)
         tensors[ATTENTION.format(layer) + leaves["scales"]] = torch.randn(shape).to(dtype)
     return tensors
-
-
-def bits(tensor: torch.Tensor | np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
-    """Dtype, shape and bytes: what has to be the same for a tensor to be the same."""
-    if isinstance(tensor, torch.Tensor):
-        raw = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
-        return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), raw
-    return str(tensor.dtype), tuple(tensor.shape), np.ascontiguousarray(tensor).tobytes()
-
-
-def assert_same_tensors(got: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert set(got) == set(expected)
-    different = [name for name in expected if bits(got[name]) != bits(expected[name])]
-    assert not different

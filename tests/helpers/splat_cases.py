@@ -49,7 +49,7 @@ def draw(
     random = np.random.default_rng(seed)
 
     def normal(*shape: int, std: float = 1.0) -> jax.Array:
-        return jnp.asarray(std * random.normal(size=shape), jnp.promote_types(dtype, jnp.float32))
+        return jnp.asarray(std * random.normal(size=shape), jnp.float32 if dtype == jnp.bfloat16 else dtype)
 
     splats = Splats(normal(heads, num_splats, head_dim), np.log(scale) + normal(heads, num_splats, std=0.2))
     if optional:
@@ -97,8 +97,12 @@ def assert_close(got: object, want: object, tolerance: float) -> None:
             assert jnp.array_equal(leaf, expected), name
 
 
+CHUNK = 16
+"""Tokens of a chunk where nothing else is said: several chunks in a short text, and small programs."""
+
+
 @functools.cache
-def compiled(window: int | str, implementation: str | None = None, chunk_size: int | None = None):
+def compiled(window: int | str, implementation: str | None = None, chunk_size: int | None = CHUNK):
     """`call(case, state) -> (output, state)`."""
 
     def call(case: Case, state: SplatState | None = None):
@@ -111,14 +115,14 @@ def compiled(window: int | str, implementation: str | None = None, chunk_size: i
             attention_mask=case.mask,
             initial_state=state,
             implementation=implementation,  # type: ignore[arg-type]
-            chunk_size=chunk_size,
+            chunk_size=chunk_size if implementation in (None, "chunked") else None,
         )
 
     return jax.jit(call)
 
 
 @functools.cache
-def compiled_gradients(window: int | str, implementation: str | None = None, chunk_size: int | None = None):
+def compiled_gradients(window: int | str, implementation: str | None = None, chunk_size: int | None = CHUNK):
     """`call(case) -> (output, state), gradients` by query, key, value and splats of all outputs and of the state."""
     attend = compiled(window, implementation, chunk_size)
 
@@ -126,7 +130,7 @@ def compiled_gradients(window: int | str, implementation: str | None = None, chu
         output, state = attend(Case(query, key, value, splats, mask))
         wide = output.astype(jnp.float32) if output.dtype == jnp.bfloat16 else output
         # Distinct weights: a plain sum would hide errors that cancel.
-        total = jnp.sum(wide * jnp.sin(1.0 + jnp.arange(wide.size)).reshape(wide.shape))
+        total = jnp.sum(wide * jnp.sin(1.0 + jnp.arange(wide.size, dtype=wide.dtype)).reshape(wide.shape))
         if state is not None:
             total += jnp.mean(jnp.sin(state.kv)) + jnp.mean(jnp.sin(state.z)) if state.z.size else 0.0
         return total, (output, state)

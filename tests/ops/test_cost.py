@@ -14,6 +14,8 @@ from jax.extend import core
 from gsa_jax.ops.api import splat_attention
 from gsa_jax.ops.state import Splats, init_splat_state
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 HEADS, DIM, SPLATS = 2, 8, 16
 
 
@@ -69,7 +71,7 @@ def shapes(length: int):
 
 
 @pytest.mark.parametrize("function", [forward, forward_backward])
-@pytest.mark.parametrize("window", [0, 64, 300])
+@pytest.mark.parametrize("window", [0, 64, pytest.param(300, marks=pytest.mark.slow)])
 def test_operations_are_linear_in_tokens(window: int, function) -> None:
     def count(length: int, implementation: str | None = None) -> int:
         run = functools.partial(function, window=window, implementation=implementation)
@@ -81,6 +83,7 @@ def test_operations_are_linear_in_tokens(window: int, function) -> None:
     assert count(2048, "reference") > 3 * count(1024, "reference")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [forward, forward_backward])
 @pytest.mark.parametrize("window", [0, 64])
 def test_memory_is_linear_in_tokens(window: int, function) -> None:

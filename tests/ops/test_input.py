@@ -39,7 +39,7 @@ from helpers.splat_cases import draw
     ],
     ids=str,
 )
-def test_bad_input_is_one_clear_line(change: dict, words: str) -> None:
+def test_bad_input_is_one_clear_line(unchecked, change: dict, words: str) -> None:
     change = dict(change)
     case = draw(5, change.pop("num_splats", 3))
     arguments = {"query": case.query, "key": case.key, "value": case.value, "splats": case.splats, "window": 4}

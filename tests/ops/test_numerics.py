@@ -6,12 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gsa_jax.ops.api import splat_attention
 from gsa_jax.ops.state import Splats, init_splat_state
-from helpers.splat_cases import Case, compiled_gradients, draw, relative_error
+from helpers.splat_cases import CHUNK, Case, compiled_gradients, draw, relative_error
+
+pytestmark = pytest.mark.usefixtures("optimised")
+
+CHUNKS = {0: CHUNK, 16: None}
+"""Tokens of a chunk for each window: small ones, and the default."""
 
 FAST = ("chunked", "recurrent")
 LENGTH, SPLATS, WINDOW = 150, 6, 16
@@ -55,7 +60,7 @@ REGIMES = {
 @pytest.mark.parametrize("regime", REGIMES)
 def test_extremes_match_float64(regime: str, window: int, implementation: str) -> None:
     case = REGIMES[regime](np.random.default_rng(1), draw(LENGTH, SPLATS, batch=1, pads=0.05, seed=2))
-    (output, state), gradients = compiled_gradients(window, implementation)(case)
+    (output, state), gradients = compiled_gradients(window, implementation, CHUNKS[window])(case)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(jnp.float64), case)
         (want, _), want_gradients = compiled_gradients(window, "reference")(wide)
@@ -79,7 +84,7 @@ def test_steep_features_in_chunks_of_any_length() -> None:
     """Features that rise above 88, the logarithm of the largest float32, in a chunk whose length is no power of two."""
     case = approaching(np.random.default_rng(1), moved(draw(LENGTH, 4, batch=1), 20 * draw(1, 4).splats.centers), 0.0)
     case = case.slots(LENGTH - 50, LENGTH)
-    (output, _), gradients = compiled_gradients(0, "chunked")(case)
+    (output, _), gradients = compiled_gradients(0, "chunked", None)(case)
     (want, _), want_gradients = compiled_gradients(0, "reference")(case)
     assert relative_error(output, want) < 1e-4
     # One key takes nearly all of the weight, so that gradients by query and key are rounding.
@@ -94,6 +99,7 @@ def test_steep_features_in_chunks_of_any_length() -> None:
     size=st.sampled_from([0.0, 1e-3, 1.0, 100.0]),
     seed=st.integers(0, 5),
 )
+@example(log_sigma=-5.0, spread=0.0, size=100.0, seed=0)  # features of 1e9, which float32 rounds by hundreds
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("window", [0, WINDOW])
 def test_always_finite(
@@ -102,7 +108,7 @@ def test_always_finite(
     case = draw(LENGTH, SPLATS, batch=1, pads=0.05, seed=seed)
     case = scaled(case, log_sigma + spread * jnp.linspace(-1.0, 1.0, SPLATS))
     case = case._replace(query=size * case.query, key=size * case.key)
-    (output, state), gradients = compiled_gradients(window, implementation)(case)
+    (output, state), gradients = compiled_gradients(window, implementation, CHUNKS[window])(case)
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(((output, state), gradients)))
     # An average of values is never beyond them.
     assert float(jnp.max(jnp.abs(output))) <= float(jnp.max(jnp.abs(case.value))) * (1 + 1e-5)

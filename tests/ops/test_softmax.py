@@ -27,7 +27,7 @@ def by_definition(query, key, value, attention_mask, window):
 
 def inputs(seed: int, batch: int, length: int, heads: int, dim: int):
     rng = np.random.default_rng(seed)
-    query, key, value = (rng.normal(size=(batch, length, heads, dim)).astype(np.float32) for _ in range(3))
+    query, key, value = (jnp.asarray(rng.normal(size=(batch, length, heads, dim)).astype(np.float32)) for _ in range(3))
     return query, key, value, rng.random((batch, length)) > 0.2
 
 
@@ -50,13 +50,12 @@ def assert_by_definition(arrays, window: int | str, implementation: str | None =
 
 
 @pytest.mark.parametrize("window", ["all", 1, 5, 40, 1000])
-@pytest.mark.parametrize("length", [1, 7, 40])
+@pytest.mark.parametrize("length", [1, 40])
 def test_short_sequences(length: int, window: int | str) -> None:
     assert_by_definition(inputs(length, 2, length, 3, 4), window)
 
 
-@pytest.mark.parametrize("window", ["all", 9, 256, 300])
-@pytest.mark.parametrize("length", [513, 601, 1024])
+@pytest.mark.parametrize(("length", "window"), [(513, "all"), (601, 9), (601, 256), (1024, "all"), (1024, 300)])
 def test_sequences_of_several_blocks(length: int, window: int | str) -> None:
     assert_by_definition(inputs(length, 1, length, 1, 4), window)
 
@@ -70,7 +69,8 @@ def test_rows_without_a_key_are_finite_in_both_directions() -> None:
     query, key, value, _ = inputs(0, 1, 600, 2, 4)
     mask = np.zeros((1, 600), bool)
     for window in ("all", 8):
-        gradients = jax.grad(lambda *qkv: attend(*qkv, mask, window).sum(), argnums=(0, 1, 2))(query, key, value)  # noqa: B023
+        gradient = jax.grad(lambda *qkv: attend(*qkv, mask, window).sum(), argnums=(0, 1, 2))  # noqa: B023
+        gradients = jax.jit(gradient)(query, key, value)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
@@ -79,7 +79,7 @@ def test_scores_are_float32_whatever_comes_in() -> None:
     query = jnp.full((1, 2, 1, 4), 8.0, jnp.bfloat16)
     key = jnp.asarray([[[[8.0, 8.0, 8.0, 8.0]], [[8.0, 8.0, 8.0, 8.0625]]]], jnp.bfloat16)
     value = jnp.asarray([[[[0.0] * 4], [[1.0] * 4]]], jnp.bfloat16)
-    weight = float(causal_attention(query, key, value, jnp.ones((1, 2), bool))[0, 1, 0, 0])
+    weight = float(causal_attention(query, key, value, jnp.ones((1, 2), jnp.int32))[0, 1, 0, 0])
     assert abs(weight - 1 / (1 + np.exp(-0.5))) < 5e-3
 
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 
 from gsa_jax import SplatConfig
 from gsa_jax.train import loop
@@ -22,8 +21,11 @@ from gsa_jax.train.config import Distill, Finetune, OptimizerConfig, TrainConfig
 from gsa_jax.train.optimizer import learning_rate, make_optimizer
 from gsa_jax.train.recipes import Start, prepare
 from gsa_jax.train.step import State, init_state, make_step
-from helpers.hf_oracle import hf_model, random_ids
 from helpers.tiny_checkpoints import SHAPE, tiny_checkpoint
+from helpers.tiny_models import random_ids
+
+# optax mixes integers and floats.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 ADAM = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, weight_decay=0.1, clip_norm=0.5, final_share=0.2)
 STEPS = 6
@@ -90,6 +92,10 @@ def moves(states: list[State]) -> dict[str, np.ndarray]:
 @pytest.mark.parity
 def test_steps_are_those_of_pytorch(plain):
     """Losses, norms of gradients, the way that parameters go over a warm-up and a cosine, and their moving average."""
+    import torch
+
+    from helpers.hf_oracle import hf_model
+
     config = config_for(Finetune, plain, optimizer=dataclasses.replace(ADAM, ema_decay=0.75))
     states, reported = run(config, STEPS)
     model = hf_model(**SHAPE).double()
