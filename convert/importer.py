@@ -116,7 +116,7 @@ def _read(
             _check_tied(tensor, opened.tensors[planned.tied_head], array, planned.tied_head)
         if source_name in planned.softmaxed:
             logs = array.astype(np.float32)
-            array = (logs - scipy.special.logsumexp(logs, axis=-1, keepdims=True)).astype(array.dtype)
+            array = (logs - np.asarray(scipy.special.logsumexp(logs, axis=-1, keepdims=True))).astype(array.dtype)
         if dtype is not None:
             with np.errstate(over="ignore"):
                 array = array.astype(jnp.dtype(dtype))

@@ -93,7 +93,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
-def _write_weights(folder: Path, tensors: dict[str, np.ndarray | jax.Array]) -> None:
+def _write_weights(folder: Path, tensors: dict[str, np.ndarray]) -> None:
     context = ocp.Context()
     # Orbax would copy every host array before it writes the first.
     context.memory.deepcopy_host_arrays = False

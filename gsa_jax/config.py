@@ -189,7 +189,7 @@ class GPTNeoConfig:
     def windows(self) -> tuple[int | Literal["all"], ...]:
         """Tokens that each layer attends to exactly, the query's own included; `"all"` for all of the past."""
         kinds: dict[str, int | Literal["all"]] = {"global": "all", "local": self.window_size}
-        windows = [kinds[kind] for kind in self.attention_layers]
+        windows: list[int | Literal["all"]] = [kinds[kind] for kind in self.attention_layers]
         if self.splats is not None and self.splats.window != "all":
             for layer in self.splat_layers:
                 windows[layer] = self.splats.window

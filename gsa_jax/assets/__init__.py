@@ -23,4 +23,4 @@ def told_stories() -> Path:
 
 
 def _path(name: str) -> Path:
-    return Path(str(files(__package__) / name))
+    return Path(str(files("gsa_jax.assets") / name))

@@ -109,7 +109,7 @@ def estimates(sums: Sums) -> dict[Key, Estimate]:
     }
 
 
-def _measures(sums: Sums, times: Shaped[np.ndarray, "*R D"]) -> dict[Key, np.ndarray | np.float64]:
+def _measures(sums: Sums, times: Shaped[np.ndarray, "*R D"]) -> Mapping[Key, np.ndarray | np.float64]:
     """The measures of a text in which each document occurs so many times; NaN where they are not defined."""
     tokens, size = times @ sums.tokens, times @ sums.size
     nats = {arm: times @ of_arm for arm, of_arm in sums.nats.items()}

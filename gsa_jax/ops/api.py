@@ -6,6 +6,7 @@ devices. The definition is `reference`; the other implementations give the same 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -134,7 +135,7 @@ def _run(implementation: Implementation, chunk_size: int | None) -> Any:
         return recurrent
     if implementation == "reference":
         heads = jax.vmap(reference, (1, 1, 1, None, 0, STATE_HEADS), (1, STATE_HEADS))
-        run = jax.vmap(heads, (0, 0, 0, 0, None, STATE_ROWS), (0, STATE_ROWS))
+        run: Callable[..., Any] = jax.vmap(heads, (0, 0, 0, 0, None, STATE_ROWS), (0, STATE_ROWS))
     else:
         tokens = TOKENS_AND_HEADS
         run = per_rows_and_heads(

@@ -4,6 +4,8 @@ May be changed here: how one step reads and updates the state.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,7 @@ def recurrent(
 ) -> tuple[Float[Array, "B T H D"], SplatState]:
     """A scan of single steps: O(W + S) per token, in time and memory. A row is one document."""
     heads = jax.vmap(_step, (0, 0, 0, None, 0, STATE_HEADS), (0, STATE_HEADS))
-    rows = jax.vmap(heads, (0, 0, 0, 0, None, STATE_ROWS), (0, STATE_ROWS))
+    rows: Callable[..., Any] = jax.vmap(heads, (0, 0, 0, 0, None, STATE_ROWS), (0, STATE_ROWS))
 
     def body(state: SplatState, token: tuple[jax.Array, ...]) -> tuple[SplatState, jax.Array]:
         output, following = rows(*token, splats, state)

@@ -197,9 +197,9 @@ def query_features(splats: Splats, query: Float[Array, "T D"]) -> Float[Array, "
     Their sum is `log phi_s(query) + log phi_s(key) + log a_s + beta (|query|^2 + |key|^2) + lambda`.
     """
     splats = splats.complete(query.dtype)
-    inverse_variance = jnp.exp(-2 * splats.log_scales)
-    shared = -inverse_variance * jnp.sum(jnp.square(splats.centers), axis=-1)
-    return _log_gaussians(splats, query) + (shared + splats.log_amplitudes + splats.far_gain)
+    centers, log_scales, log_amplitudes, _, far_gain = jax.tree.leaves(splats)
+    shared = log_amplitudes + far_gain - jnp.exp(-2 * log_scales) * jnp.sum(jnp.square(centers), axis=-1)
+    return _log_gaussians(splats, query) + shared
 
 
 def key_features(splats: Splats, key: Float[Array, "T D"], valid: Bool[Array, "T"]) -> Float[Array, "T S"]:
