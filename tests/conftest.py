@@ -124,6 +124,13 @@ def standard_promotion() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def standard_promotion_throughout() -> Iterator[None]:
+    """The same for all tests and fixtures of a file: optax mixes integers and floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def story_neo() -> Path:
     """The bundled model: a Hugging Face folder."""

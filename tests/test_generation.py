@@ -152,7 +152,7 @@ def test_decoding_donates_its_cache(model: GPTNeoForCausalLM) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parity
-def test_bfloat16_decodes_as_its_own_forward_pass() -> None:
+def test_bfloat16_decodes_as_its_own_forward_pass(standard_promotion) -> None:
     reference = tiny_model(initializer_range=0.1, dtype="bfloat16", param_dtype=jnp.bfloat16)
     ids = random_ids(1, 1, 30)
     expected = np.asarray(reference(ids))

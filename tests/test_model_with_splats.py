@@ -199,7 +199,7 @@ def test_the_decoding_state_does_not_grow_with_the_context(mode: str) -> None:
 
 
 @pytest.mark.slow
-def test_bfloat16_decodes_as_its_own_forward_pass() -> None:
+def test_bfloat16_decodes_as_its_own_forward_pass(standard_promotion) -> None:
     model = splat_model("hybrid", "bfloat16")
     forward, extend = jitted(model)
     ids, mask = padded(2, 30)

@@ -54,6 +54,7 @@ def main() -> None:
         config=(tyro.conf.CascadeSubcommandArgs,),
     )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there, which is no fault
     if not command.debug:
         for logger in ("absl", "asyncio"):  # where Orbax and its event loop report what is raised to us anyway
             logging.getLogger(logger).setLevel(logging.CRITICAL)

@@ -102,6 +102,7 @@ def test_arms_that_pytorch_has_cost_what_pytorch_says(arm: str, checkpoint: Path
         assert bucket.cross_entropy[arm].value == pytest.approx(inside.mean(), abs=1e-5)
 
 
+@pytest.mark.parity  # losses are PyTorch's
 @pytest.mark.parametrize(("arm", "window"), [("hybrid", WINDOW), ("splats-only", 0)])
 def test_arms_with_splats_are_the_loaded_model(arm: str, window: int, checkpoint: Path, evaluation: Evaluation) -> None:
     """One window at a time; padding comes from other tokens and is not said to be padding."""
@@ -149,6 +150,7 @@ def test_without_a_window_the_hybrid_is_splats_only(checkpoint: Path, evaluation
     assert len(pure.notes) == 1 and "hybrid and window-only are left out" in pure.notes[0]
 
 
+@pytest.mark.parity  # losses are PyTorch's
 def test_bits_per_byte_of_one_document(checkpoint: Path, tmp_path: Path) -> None:
     """Bytes are not characters; one document has no interval."""
     import torch

@@ -137,6 +137,7 @@ def test_queries_and_keys_are_those_of_pytorch(fitted: Fitted) -> None:
             np.testing.assert_allclose(np.asarray(got)[mask], expected[mask], atol=2e-4)
 
 
+@pytest.mark.parity  # the fixture has PyTorch's queries and keys
 def test_scales_reach_the_entropy_of_exact_attention(fitted: Fitted) -> None:
     config, _ = load_tensors(fitted.folder)
     assert [(head.layer, head.head) for head in fitted.report.heads] == [(n, h) for n in range(4) for h in range(4)]
@@ -154,6 +155,7 @@ def test_scales_reach_the_entropy_of_exact_attention(fitted: Fitted) -> None:
         assert fit.entropy_target == pytest.approx(np.clip(fit.teacher_entropy, *ENTROPY_BAND))
 
 
+@pytest.mark.parity  # the fixture has PyTorch's queries and keys
 def test_far_gains_give_far_keys_their_exact_mass(fitted: Fitted) -> None:
     assert SPLATS.window is not None
     config, _ = load_tensors(fitted.folder)
@@ -169,6 +171,7 @@ def test_far_gains_give_far_keys_their_exact_mass(fitted: Fitted) -> None:
         np.testing.assert_allclose(hybrid.far_mass, wanted, atol=1e-3)
 
 
+@pytest.mark.parity  # the fixture has PyTorch's queries and keys
 def test_all_but_the_splats_is_kept(fitted: Fitted) -> None:
     config, tensors = load_tensors(fitted.folder)
     source_config, source = load_tensors(fitted.source)

@@ -23,8 +23,7 @@ from helpers.attention_oracle import head_splats, row_weights
 from helpers.hf_oracle import hf_model
 from helpers.tiny_models import random_ids, tiny_model
 
-# optax mixes integers and floats.
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion_throughout")
 
 KINDS = {"output": output_error, "logits": prediction_divergence}
 

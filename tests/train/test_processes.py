@@ -24,7 +24,7 @@ from helpers.texts import STORIES, TOLD
 from helpers.tiny_checkpoints import tiny_checkpoint
 from helpers.train_command import command
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion_throughout")]
 
 SPLATS = SplatConfig(num_splats=3, window=4, layers="all", norm_gain=True, far_gain=True)
 ON_CPU = {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}

@@ -26,13 +26,10 @@ from helpers.texts import STORIES, TOLD
 from helpers.tiny_checkpoints import tiny_checkpoint
 from helpers.train_command import command
 
-# optax mixes integers and floats.
-pytestmark = pytest.mark.usefixtures("standard_promotion")
-
 SPLATS = SplatConfig(num_splats=3, window=4, layers="all", norm_gain=True, far_gain=True)
 STEPS = 60
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion_throughout")]
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,7 @@ from gsa_jax.train.step import State, init_state, make_step
 from helpers.tiny_checkpoints import SHAPE, tiny_checkpoint
 from helpers.tiny_models import random_ids
 
-# optax mixes integers and floats.
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion_throughout")
 
 ADAM = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, weight_decay=0.1, clip_norm=0.5, final_share=0.2)
 STEPS = 6
@@ -192,10 +191,10 @@ def test_bfloat16_computes_with_float32_masters(plain):
 
 @pytest.mark.slow
 def test_recomputed_blocks_have_the_same_gradients(plain):
-    gradients, computations = [], []
+    gradients, computations, rows = [], [], jax.tree.map(jnp.asarray, batch(0))
     for remat in (False, True):
         start, trained, frozen = begin(config_for(Finetune, plain, remat=remat))
-        function = jax.grad(lambda params, of=start.objective: of(params, {}, batch(0))[0])
+        function = jax.grad(lambda params, of=start.objective: of(params, {}, rows)[0])
         assert not frozen
         computations.append(str(jax.make_jaxpr(function)(trained)))
         gradients.append(jax.jit(function)(trained))
@@ -233,7 +232,7 @@ def first_steps(config: TrainConfig) -> tuple[dict[str, np.ndarray], dict[str, j
     before, reported = {name: np.array(x) for name, x in run.parameters().items()}, []
     for part in rows:
         old = run.state
-        run.state, metrics = run._step_function()(old, run._frozen, run._teacher, part)
+        run.state, metrics = run._make_step(old, run._frozen, run._teacher, part)
         assert all(x.is_deleted() for x in jax.tree.leaves(old)), "memory of the old state is not used again"
         reported.append(metrics)
         run.step += 1
@@ -248,7 +247,7 @@ def first_steps(config: TrainConfig) -> tuple[dict[str, np.ndarray], dict[str, j
         (Finetune, {"train": "attention", "teacher_weight": 0.5}, ".attn."),
     ],
 )
-def test_parameters_that_are_not_trained_keep_every_bit(with_splats, recipe, changes, part):
+def test_parameters_that_are_not_trained_keep_every_bit(unchecked, with_splats, recipe, changes, part):
     """The others all move."""
     before, after, reported = first_steps(config_for(recipe, with_splats, optimizer=OptimizerConfig(), **changes))
     assert before.keys() == after.keys()
@@ -275,7 +274,7 @@ def test_finetuning_trains_what_it_is_told_to(with_splats, train, parts):
 
 
 @pytest.mark.slow
-def test_the_teacher_of_finetuning_stays_where_it_was(plain):
+def test_the_teacher_of_finetuning_stays_where_it_was(unchecked, plain):
     """A student that begins as its own teacher diverges from it by nothing at first, and by something after a step."""
     adam = OptimizerConfig(learning_rate=1e-2)
     _, _, reported = first_steps(config_for(Finetune, plain, optimizer=adam, teacher_weight=0.5))
