@@ -75,9 +75,6 @@ def chunked(
     size = min(chunk_size or min(max(state.key.shape[2], _CHUNK), _MAX_CHUNK), length)
     count = -(-length // size)
     padding_to_zeros = _per_head(without_padding, (1, None), (0, 0), 1)
-    query, key, value = (padding_to_zeros(x, segments) for x in (query, key, value))
-    slide = _per_head(append_to_window, (STATE_HEADS, 1, 1, None), (STATE_ROWS, 0, 0, 0), STATE_HEADS, STATE_ROWS)
-    final = slide(state, key, value, segments)
 
     def chunks(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
@@ -86,6 +83,7 @@ def chunked(
     @jax.checkpoint
     def body(carried: tuple[Any, ...], tokens: tuple[jax.Array, ...]) -> tuple[tuple[Any, ...], jax.Array]:
         query, key, value, segments, exists = tokens
+        query, key, value = (padding_to_zeros(x, segments) for x in (query, key, value))
         state, window_segments, document = carried
         key_segments = jnp.concatenate([window_segments, segments], axis=1)
         left = jnp.where(exists, key_segments[:, :size], 0)
@@ -108,16 +106,20 @@ def chunked(
         (0, STATE_ROWS),
     )
     # The last chunk may have slots past the end of the row. No key leaves the window at them, so the sums are right.
-    # But the window moves on past the end, so the one of `final` is taken instead.
+    # But the window moves on past the end, so the last state has that of the last tokens instead.
     exists = jnp.arange(count * size).reshape(count, size) < length
     tokens = (*map(chunks, (query, key, value, segments)), exists)
     # Keys before this call belong to document 1: without `segment_ids` a row is one document of that number, and with
     # them there are no keys before.
     carried = state, state.valid.astype(segments.dtype), jnp.ones(batch, segments.dtype)
-    (state, _, _), output = jax.lax.scan(body, carried, tokens)
+    (sums, _, _), output = jax.lax.scan(body, carried, tokens)
     output = jnp.moveaxis(output, 0, 1).reshape(batch, count * size, heads, head_dim)[:, :length]
+    slide = _per_head(append_to_window, (STATE_HEADS, 1, 1, None), (STATE_ROWS, 0, 0, 0), STATE_HEADS, STATE_ROWS)
+    last = slice(max(length - state.key.shape[2], 0), None)
+    last_key, last_value = (padding_to_zeros(x[:, last], segments[:, last]) for x in (key, value))
+    final = slide(state, last_key, last_value, segments[:, last])
     return output, dataclasses.replace(
-        final, kv=state.kv, kv_rest=state.kv_rest, z=state.z, z_rest=state.z_rest, m=state.m
+        sums, key=final.key, value=final.value, valid=final.valid, length=state.length + length
     )
 
 
