@@ -260,6 +260,7 @@ def test_a_hub_that_does_not_answer(run_gsa, tmp_path, monkeypatch, error):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_memory_peaks_at_the_output_and_the_largest_tensor(tmp_path):
     benchmark = Path(__file__).parents[2] / "benchmarks" / "convert_memory.py"
     result = tmp_path / "result.json"

@@ -115,7 +115,9 @@ def test_a_killed_conversion_leaves_nothing_that_loads(tmp_path, source, moment)
     load(out)
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment", [x if x in ("reading", "writing") else pytest.param(x, marks=pytest.mark.slow) for x in MOMENTS]
+)
 @pytest.mark.parametrize(
     ("signal_name", "code"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)]
 )
@@ -139,7 +141,7 @@ def on_a_small_disk(folder: Path, *command: object) -> tuple[subprocess.Complete
     return ended, ended.stdout.splitlines()
 
 
-@pytest.mark.parametrize("command", ["convert", "export"])
+@pytest.mark.parametrize("command", ["convert", pytest.param("export", marks=pytest.mark.slow)])
 def test_a_disk_that_is_too_small_is_noticed_before(tmp_path, story_neo, story_checkpoint, command):
     out, given = tmp_path / "disk" / "out", {"convert": story_neo, "export": story_checkpoint}[command]
     ended, left = on_a_small_disk(out.parent, sys.executable, "-m", "gsa_jax.cli", command, given, out)
@@ -148,7 +150,7 @@ def test_a_disk_that_is_too_small_is_noticed_before(tmp_path, story_neo, story_c
     assert "4,194,304 free" in ended.stderr
 
 
-@pytest.mark.parametrize("command", ["convert", "export"])
+@pytest.mark.parametrize("command", ["convert", pytest.param("export", marks=pytest.mark.slow)])
 def test_a_disk_that_fills_up_meanwhile(tmp_path, story_neo, story_checkpoint, command):
     out, given = tmp_path / "disk" / "out", {"convert": story_neo, "export": story_checkpoint}[command]
     ended, left = on_a_small_disk(out.parent, sys.executable, "-c", NO_PRECHECK, command, given, out)

@@ -227,7 +227,7 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize(
     "mode",
-    ["hybrid", *(pytest.param(x, marks=pytest.mark.slow) for x in MODES if x != "hybrid")],
+    ["window 0", *(pytest.param(x, marks=pytest.mark.slow) for x in MODES if x != "window 0")],
 )
 def test_a_packed_row_is_its_documents_alone(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits, and gradients of the parameters, of the whole model: documents of 1 token, and of several chunks. Alone,
