@@ -21,7 +21,7 @@ from gsa_jax.checkpoint import load_tensors
 from gsa_jax.convert import convert
 from gsa_jax.fitting.placing import fit_init
 from gsa_jax.fitting.statistics import queries_and_keys
-from gsa_jax.ops import no_splats, splat_attention
+from gsa_jax.ops import Window, no_splats, splat_attention
 from gsa_jax.parameters import build_model
 
 ROOT = Path(__file__).parent.parent
@@ -46,12 +46,12 @@ def weights() -> dict[str, np.ndarray]:
     attention = model.transformer.h[LAYER].attn.attention
     value = jnp.broadcast_to(jnp.eye(TOKENS)[None, :, None], query.shape)
 
-    def read(window: int | None, splats: gsa_jax.ops.Splats) -> np.ndarray:
+    def read(window: Window, splats: gsa_jax.ops.Splats) -> np.ndarray:
         output, _ = splat_attention(query, key, value, splats, window=window, attention_mask=jnp.asarray(mask))
         return np.asarray(output[0, :, HEAD])
 
     return {
-        "exact": read(None, attention.splats),
+        "exact": read("all", attention.splats),
         f"window {WINDOW} and 64 splats": read(WINDOW, attention.splats),
         f"window {WINDOW} alone": read(WINDOW, no_splats(*query.shape[2:])),
     }
