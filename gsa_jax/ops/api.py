@@ -6,7 +6,6 @@ devices. The definition is `reference`; the other implementations give the same 
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from gsa_jax.errors import InputError
 from gsa_jax.ops.chunked import chunked
@@ -29,10 +28,10 @@ from gsa_jax.ops.state import (
     STATE_ROWS,
     Splats,
     SplatState,
-    append_to_window,
+    append_to_windows,
     init_splat_state,
+    per_head,
     roll_window,
-    without_padding,
 )
 
 Implementation = Literal["reference", "chunked", "recurrent"]
@@ -115,12 +114,15 @@ def splat_attention(
         implementation = "recurrent" if length == 1 and initial_state is not None else "chunked"
     size = length if window == "all" else window
     has_state = window != "all" and not packed
-    state = init_splat_state(splats, batch, size, key.dtype)
 
     if implementation == "chunked" and initial_state is None and size >= length:
         output = causal_attention(query, key, value, segments)
-        return output, _fill_window(state, key, value, segments) if has_state else None
+        if not has_state:
+            return output, None
+        state = append_to_windows(init_splat_state(splats, batch, size, key.dtype), key, value, segments)
+        return output, roll_window(state, length)
 
+    state = init_splat_state(splats, batch, size, key.dtype)
     if initial_state is not None:
         _check_state(initial_state, state)
         state = initial_state
@@ -134,8 +136,8 @@ def _run(implementation: Implementation, chunk_size: int | None) -> Any:
     if implementation == "recurrent":
         return recurrent
     if implementation == "reference":
-        heads = jax.vmap(reference, (1, 1, 1, None, 0, STATE_HEADS), (1, STATE_HEADS))
-        run: Callable[..., Any] = jax.vmap(heads, (0, 0, 0, 0, None, STATE_ROWS), (0, STATE_ROWS))
+        head_axes, row_axes = (1, 1, 1, None, 0, STATE_HEADS), (0, 0, 0, 0, None, STATE_ROWS)
+        run = per_head(reference, head_axes, row_axes, (1, STATE_HEADS), (0, STATE_ROWS))
     else:
         tokens = TOKENS_AND_HEADS
         run = per_rows_and_heads(
@@ -150,23 +152,6 @@ def _run(implementation: Implementation, chunk_size: int | None) -> Any:
         return output, roll_window(state, state.length)
 
     return in_order_of_time
-
-
-def _fill_window(
-    state: SplatState,
-    key: Float[Array, "B T H D"],
-    value: Float[Array, "B T H D"],
-    segments: Int[Array, "B T"],
-) -> SplatState:
-    """Puts tokens that all fit into the window into an empty state."""
-
-    def of_head(state: SplatState, key: jax.Array, value: jax.Array, segments: jax.Array) -> SplatState:
-        key, value = (without_padding(x, segments) for x in (key, value))
-        return append_to_window(state, key, value, segments)
-
-    heads = jax.vmap(of_head, (STATE_HEADS, 1, 1, None), STATE_HEADS)
-    state = jax.vmap(heads, (STATE_ROWS, 0, 0, 0), STATE_ROWS)(state, key, value, segments)
-    return roll_window(state, key.shape[1])
 
 
 def _check_inputs(query: jax.Array, key: jax.Array, value: jax.Array, splats: Splats, window: Window) -> None:

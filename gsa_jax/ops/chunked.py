@@ -6,7 +6,6 @@ May be changed here: how a chunk is computed. A chunk maps (state, tokens) to (s
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +20,11 @@ from gsa_jax.ops.state import (
     Splats,
     SplatState,
     append_to_window,
+    append_to_windows,
     compensated,
     exp_relative,
     key_features,
+    per_head,
     query_features,
     weighted_mean,
     without_padding,
@@ -74,7 +75,7 @@ def chunked(
     batch, length, heads, head_dim = query.shape
     size = min(chunk_size or min(max(state.key.shape[2], _CHUNK), _MAX_CHUNK), length)
     count = -(-length // size)
-    padding_to_zeros = _per_head(without_padding, (1, None), (0, 0), 1)
+    padding_to_zeros = per_head(without_padding, (1, None), (0, 0), 1)
 
     def chunks(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
@@ -95,10 +96,10 @@ def chunked(
         output, state = chunk(query, key, value, segments, key_segments, reached, factors, state, steep)
         return (state, key_segments[:, size:], reached.document[:, -1]), output
 
-    factors_of = _per_head(
+    factors_of = per_head(
         _factors, (1, 1, None, None, None, 0, STATE_HEADS, None), (0, 0, 0, 0, 0, None, STATE_ROWS, None)
     )
-    chunk = _per_head(
+    chunk = per_head(
         _chunk,
         (1, 1, 1, None, None, None, 0, STATE_HEADS, None),
         (0, 0, 0, 0, 0, 0, 0, STATE_ROWS, None),
@@ -114,20 +115,8 @@ def chunked(
     carried = state, state.valid.astype(segments.dtype), jnp.ones(batch, segments.dtype)
     (sums, _, _), output = jax.lax.scan(body, carried, tokens)
     output = jnp.moveaxis(output, 0, 1).reshape(batch, count * size, heads, head_dim)[:, :length]
-    slide = _per_head(append_to_window, (STATE_HEADS, 1, 1, None), (STATE_ROWS, 0, 0, 0), STATE_HEADS, STATE_ROWS)
-    last = slice(max(length - state.key.shape[2], 0), None)
-    last_key, last_value = (padding_to_zeros(x[:, last], segments[:, last]) for x in (key, value))
-    final = slide(state, last_key, last_value, segments[:, last])
-    return output, dataclasses.replace(
-        sums, key=final.key, value=final.value, valid=final.valid, length=state.length + length
-    )
-
-
-def _per_head(
-    function: Callable[..., Any], head_axes: Any, row_axes: Any, head_out: Any = 0, row_out: Any = 0
-) -> Callable[..., Any]:
-    """A function of one head of one row, for all heads and rows."""
-    return jax.vmap(jax.vmap(function, head_axes, head_out), row_axes, row_out)
+    final = append_to_windows(state, key, value, segments)
+    return output, dataclasses.replace(sums, key=final.key, value=final.value, valid=final.valid, length=final.length)
 
 
 def _factors(

@@ -4,8 +4,6 @@ May be changed here: how one step reads and updates the state.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +18,7 @@ from gsa_jax.ops.state import (
     compensated,
     exp_relative,
     key_features,
+    per_head,
     query_features,
     weighted_mean,
 )
@@ -35,11 +34,12 @@ def recurrent(
     state: SplatState,
 ) -> tuple[Float[Array, "B T H D"], SplatState]:
     """A scan of single steps: O(W + S) per token, in time and memory. A row is one document."""
-    heads = jax.vmap(_step, (0, 0, 0, None, 0, STATE_HEADS), (0, STATE_HEADS))
-    rows: Callable[..., Any] = jax.vmap(heads, (0, 0, 0, 0, None, STATE_ROWS), (0, STATE_ROWS))
+    step = per_head(
+        _step, (0, 0, 0, None, 0, STATE_HEADS), (0, 0, 0, 0, None, STATE_ROWS), (0, STATE_HEADS), (0, STATE_ROWS)
+    )
 
     def body(state: SplatState, token: tuple[jax.Array, ...]) -> tuple[SplatState, jax.Array]:
-        output, following = rows(*token, splats, state)
+        output, following = step(*token, splats, state)
         return _write(following, *token[1:], slot=state.length, after=output), output
 
     tokens = query, key, value, segments != 0

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import no_type_check
+from collections.abc import Callable
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -147,17 +148,31 @@ def without_padding(x: Float[Array, "T D"], segments: Int[Array, "T"]) -> Float[
 def append_to_window(
     state: SplatState, key: Float[Array, "T D"], value: Float[Array, "T D"], segments: Int[Array, "T"]
 ) -> SplatState:
-    """Moves a window in the order of time on by T slots, whose padding must be zeros; the sums stay as they are."""
+    """Moves a window in the order of time on by T slots, padding as zeros; the sums stay as they are."""
     length, window = len(key), len(state.key)
-    new = min(length, window)
-    key, value, valid = (x[length - new :] for x in (key, value, segments != 0))
+    new = slice(length - min(length, window), None)
+    kept = slice(min(length, window), None)
+    key, value = (without_padding(x[new], segments[new]) for x in (key, value))
     return dataclasses.replace(
         state,
-        key=jnp.concatenate([state.key[new:], key]),
-        value=jnp.concatenate([state.value[new:], value]),
-        valid=jnp.concatenate([state.valid[new:], valid]),
+        key=jnp.concatenate([state.key[kept], key]),
+        value=jnp.concatenate([state.value[kept], value]),
+        valid=jnp.concatenate([state.valid[kept], segments[new] != 0]),
         length=state.length + length,
     )
+
+
+def per_head(
+    function: Callable[..., Any], head_axes: Any, row_axes: Any, head_out: Any = 0, row_out: Any = 0
+) -> Callable[..., Any]:
+    """A function of one head of one row, for all heads and rows; axes as `jax.vmap` takes them."""
+    return jax.vmap(jax.vmap(function, head_axes, head_out), row_axes, row_out)
+
+
+append_to_windows = per_head(
+    append_to_window, (STATE_HEADS, 1, 1, None), (STATE_ROWS, 0, 0, 0), STATE_HEADS, STATE_ROWS
+)
+"""`append_to_window` of a state `[B, H, ...]` and tokens `[B, T, H, D]`."""
 
 
 def exp_relative(x: Array) -> Array:
