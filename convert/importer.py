@@ -21,7 +21,7 @@ from gsa_jax.convert.names import Plan, plan
 from gsa_jax.convert.reader import Source, SourceTensor, open_source
 from gsa_jax.convert.splat_folder import read_splats
 from gsa_jax.errors import InputError
-from gsa_jax.files import refuse_existing
+from gsa_jax.files import refuse_existing, refuse_full_disk
 from gsa_jax.parameters import TOKEN_EMBEDDING, attention_tensor, is_splat
 from gsa_jax.progress import Progress
 
@@ -92,6 +92,8 @@ def convert(
         raise InputError(f"{files.pop() if len(files) == 1 else opened.folder}: {error}") from None
     _check_dtypes(opened, planned)
     config, attached = _attach(planned.config, splats, dtype or _common_dtype(opened, planned))
+    stored = [opened.tensors[name] for name in planned.sources.values()]
+    refuse_full_disk(out, sum(tensor.size * jnp.dtype(dtype or tensor.dtype).itemsize for tensor in stored))
     tensors = dict(_read(opened, planned, dtype, allow_nonfinite, progress)) | attached
     tokenizer = tokenizer_files(opened.folder)
     report = _report(str(source), planned, tensors, attached, [file.name for file in tokenizer])

@@ -79,12 +79,18 @@ def refuse_existing(out: Path) -> None:
         raise InputError(f"{out} exists already; choose another output or remove it first")
 
 
+def refuse_full_disk(out: Path, needed_bytes: int) -> None:
+    """Raises `InputError` if the disk of `out` holds less; for callers who would rather know before they read."""
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise InputError(f"{out}: the disk is full: {needed_bytes:,} bytes needed, {free:,} free")
+
+
 def _make_staging(out: Path, needed_bytes: int) -> Path:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if free < needed_bytes:
-            raise InputError(f"{out}: the disk is full: {needed_bytes:,} bytes needed, {free:,} free")
+        refuse_full_disk(out, needed_bytes)
         return Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     except OSError as error:
         raise InputError(f"{out}: cannot be created ({error.strerror})") from None

@@ -88,8 +88,8 @@ def splat_attention(
             None. Padding contributes nothing to outputs, state or gradients, whatever finite numbers it holds. Its own
             output is 0, or arbitrary and finite where the window holds everything.
         segment_ids: integers `[B, T]`, the number of each token's document where rows hold several; numbers must never
-            fall along a row, and 0 is padding. The score of a key of another document is -inf, and no output or
-            gradient depends on it. One document if None.
+            fall along a row, and 0 is padding. The score of a key of another document is -inf: no output depends on it,
+            and no gradient but in its rounding. One document if None.
         initial_state: what an earlier call returned for the tokens before these.
         implementation: `None` is "recurrent" for one token that continues a state, otherwise "chunked".
         chunk_size: tokens per chunk of "chunked"; affects speed and memory, results only in rounding.
