@@ -23,6 +23,7 @@ class GPTNeoSelfAttention(nnx.Module):
     def __init__(self, config: GPTNeoConfig, layer: int, *, rngs: nnx.Rngs) -> None:
         self.num_heads = config.num_heads
         self.window: Window = config.windows[layer]
+        self.attention_implementation = config.attention_implementation
 
         def projection(use_bias: bool) -> Linear:
             size, stddev = config.hidden_size, config.initializer_range
@@ -63,6 +64,7 @@ class GPTNeoSelfAttention(nnx.Module):
             attention_mask=attention_mask,
             segment_ids=segment_ids,
             initial_state=state,
+            attention_implementation=self.attention_implementation,
         )
         output = self.out_proj(context.reshape(*context.shape[:-2], -1))
         return output, None if state is None and capacity is None else following

@@ -135,6 +135,7 @@ def load(
     param_dtype: jax.typing.DTypeLike | None = None,
     remat: bool = False,
     window: int | Literal["all"] | None = None,
+    attention_implementation: str = "auto",
 ) -> GPTNeoForCausalLM:
     """The model of a checkpoint folder.
 
@@ -144,6 +145,7 @@ def load(
         remat: recompute each block in the backward pass instead of keeping its activations.
         window: tokens that splat layers attend to exactly, instead of as many as the checkpoint says; `"all"` makes
             them exact, 0 leaves them nothing but splats.
+        attention_implementation: what computes exact attention: `auto`, `xla`, `splash` (TPU) or `cudnn` (NVIDIA GPU).
 
     Raises:
         InputError: the folder is not a checkpoint, is damaged, or its tensors do not fit its configuration; or it has
@@ -152,7 +154,9 @@ def load(
     config, tensors = load_tensors(folder)
     if window is not None:
         config = config.with_window(window)
-    config = dataclasses.replace(config, dtype=jnp.dtype(dtype).name, remat=remat)
+    config = dataclasses.replace(
+        config, dtype=jnp.dtype(dtype).name, remat=remat, attention_implementation=attention_implementation
+    )
     return build_model(config, tensors, param_dtype=param_dtype)
 
 

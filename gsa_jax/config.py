@@ -23,7 +23,10 @@ ATTENTION_KINDS = ("global", "local")
 DTYPES = ("float32", "bfloat16", "float16")
 """Of parameters and of the computation."""
 
-_NOT_STORED = ("dtype", "remat")
+ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
+"""Names that `gsa_jax.ops.flash` gives to ways of computing exact attention."""
+
+_NOT_STORED = ("dtype", "remat", "attention_implementation")
 """Fields that say how a model computes, not what it is."""
 
 
@@ -99,8 +102,9 @@ class GPTNeoConfig:
         intermediate_size: width of the MLP; `None` means `4 * hidden_size`.
         splats: splats attached to the attention, or `None` for the plain model.
         dtype: of the computation, one of `DTYPES`. Not part of a `config.json`, whose `dtype` is that of the stored
-            weights; nor is `remat`.
+            weights; nor are the fields after it.
         remat: recompute each block in the backward pass instead of keeping its activations.
+        attention_implementation: what computes exact attention, one of `ATTENTION_IMPLEMENTATIONS`.
 
     Raises:
         InputError: a field is out of range, or fields contradict one another.
@@ -125,6 +129,7 @@ class GPTNeoConfig:
     splats: SplatConfig | None = None
     dtype: str = "float32"
     remat: bool = False
+    attention_implementation: str = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention_types", _freeze_attention_types(self.attention_types))
@@ -153,6 +158,11 @@ class GPTNeoConfig:
                 raise InputError(f"{name} = {value!r}: not in the vocabulary of {self.vocab_size} tokens")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype = {self.dtype!r}: must be one of {', '.join(DTYPES)}")
+        if self.attention_implementation not in ATTENTION_IMPLEMENTATIONS:
+            raise InputError(
+                f"attention_implementation = {self.attention_implementation!r}: must be one of "
+                f"{', '.join(ATTENTION_IMPLEMENTATIONS)}"
+            )
         if self.hidden_size % self.num_heads:
             raise InputError(f"num_heads = {self.num_heads} does not divide hidden_size = {self.hidden_size}")
         if self.activation_function not in ACTIVATIONS:

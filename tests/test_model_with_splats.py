@@ -15,6 +15,7 @@ from flax import nnx
 from gsa_jax import GPTNeoForCausalLM, SplatConfig, generate, load
 from gsa_jax import generation as generation_module
 from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig
+from gsa_jax.ops.chunked import _SCHEDULES, Schedule
 from gsa_jax.parameters import build_model, named_parameters
 from helpers.tiny_models import VOCAB, random_ids, relative_rms, tiny_model
 
@@ -41,7 +42,7 @@ ALL_MODES = [mode if mode in COMMON else pytest.param(mode, marks=pytest.mark.sl
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks in a short text, and small programs."""
-    monkeypatch.setattr("gsa_jax.ops.chunked._CHUNK", 8)
+    monkeypatch.setitem(_SCHEDULES, "cpu", Schedule(8, 0))
 
 
 @functools.cache
@@ -102,7 +103,7 @@ def test_the_model_runs_through_the_definition(mode: str, monkeypatch: pytest.Mo
         return jnp.sum(jnp.sin(jnp.where(mask[:, :, None], logits, 0))), logits
 
     got = jax.jit(jax.grad(loss, has_aux=True))(params)
-    monkeypatch.setattr(api, "_run", lambda *_, run=api._run: run("reference", None))
+    monkeypatch.setattr(api, "_run", lambda *_, run=api._run: run("reference", None, None))
     want = jax.jit(jax.grad(lambda params: loss(params), has_aux=True))(params)
     assert relative_rms(got[1][mask], want[1][mask]) < 1e-5
     for name, one, other in zip(

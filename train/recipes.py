@@ -158,7 +158,12 @@ def _finetune(config: Finetune) -> Start:
 
 def _build(config: TrainConfig, model: GPTNeoConfig) -> Build:
     """A function that makes the model from named parameters, and ignores those that the model does not have."""
-    model = dataclasses.replace(model, dtype=config.dtype, remat=config.remat)
+    model = dataclasses.replace(
+        model,
+        dtype=config.dtype,
+        remat=config.remat,
+        attention_implementation=config.attention_implementation,
+    )
     names = expected_shapes(model)
 
     def build(params: Mapping[str, jax.Array]) -> GPTNeoForCausalLM:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from gsa_jax.errors import InputError
 from gsa_jax.ops.chunked import chunked
+from gsa_jax.ops.flash import AttentionImplementation, exact_attention
 from gsa_jax.ops.partition import BATCH, HEADS, ROWS_AND_HEADS, TOKENS_AND_HEADS, per_rows_and_heads
 from gsa_jax.ops.recurrent import recurrent
 from gsa_jax.ops.reference import reference
@@ -57,6 +58,8 @@ def splat_attention(
     initial_state: SplatState | None = None,
     implementation: Implementation | None = None,
     chunk_size: int | None = None,
+    chunks_at_once: int | None = None,
+    attention_implementation: AttentionImplementation = "auto",
 ) -> tuple[Float[Array, "B T H D"], SplatState | None]:
     """Softmax attention over exact scores inside a window and splat scores beyond it, with one normaliser.
 
@@ -92,7 +95,11 @@ def splat_attention(
             and no gradient but in its rounding. One document if None.
         initial_state: what an earlier call returned for the tokens before these.
         implementation: `None` is "recurrent" for one token that continues a state, otherwise "chunked".
-        chunk_size: tokens per chunk of "chunked"; affects speed and memory, results only in rounding.
+        chunk_size: tokens per chunk of "chunked"; affects speed and memory, results only in rounding. What suits the
+            platform if None.
+        chunks_at_once: chunks that are computed in one product; likewise.
+        attention_implementation: how "chunked" computes what is exact attention, because the window holds everything or
+            there are no splats: `gsa_jax.ops.flash`.
 
     Returns:
         The output, in the dtype of `value`, and the state after the last token; no state for `window="all"` or with
@@ -103,7 +110,7 @@ def splat_attention(
             "recurrent"; splats are not finite or `segment_ids` fall (which can be seen only outside of `jit`).
     """
     _check_inputs(query, key, value, splats, window)
-    _check_choices(window, initial_state, implementation, chunk_size)
+    _check_choices(window, initial_state, implementation, chunk_size=chunk_size, chunks_at_once=chunks_at_once)
     batch, length = query.shape[:2]
     packed = segment_ids is not None
     if packed:
@@ -115,23 +122,43 @@ def splat_attention(
     size = length if window == "all" else window
     has_state = window != "all" and not packed
 
-    if implementation == "chunked" and initial_state is None and size >= length:
-        output = causal_attention(query, key, value, segments)
+    sizes = chunk_size, chunks_at_once
+
+    holds_everything = size >= length
+    if implementation == "chunked" and initial_state is None and (holds_everything or not splats.centers.shape[1]):
+        before = init_splat_state(splats, batch, size, key.dtype)
+
+        def through_chunks(*arguments: jax.Array) -> jax.Array:
+            return _run("chunked", *sizes)(*arguments, splats, before)[0].astype(value.dtype)
+
+        output = exact_attention(
+            causal_attention if holds_everything else through_chunks,
+            query,
+            key,
+            value,
+            segments,
+            window=None if holds_everything else size,
+            implementation=attention_implementation,
+        )
+        if not holds_everything:
+            output = _without_padding(output, segments)
         if not has_state:
             return output, None
-        state = append_to_windows(init_splat_state(splats, batch, size, key.dtype), key, value, segments)
-        return output, roll_window(state, length)
+        return output, roll_window(append_to_windows(before, key, value, segments), length)
 
     state = init_splat_state(splats, batch, size, key.dtype)
     if initial_state is not None:
         _check_state(initial_state, state)
         state = initial_state
-    output, state = _run(implementation, chunk_size)(query, key, value, segments, splats, state)
-    output = jnp.where((segments != 0)[:, :, None, None], output, 0).astype(value.dtype)
-    return output, state if has_state else None
+    output, state = _run(implementation, *sizes)(query, key, value, segments, splats, state)
+    return _without_padding(output.astype(value.dtype), segments), state if has_state else None
 
 
-def _run(implementation: Implementation, chunk_size: int | None) -> Any:
+def _without_padding(output: jax.Array, segments: jax.Array) -> jax.Array:
+    return jnp.where((segments != 0)[:, :, None, None], output, 0)
+
+
+def _run(implementation: Implementation, chunk_size: int | None, chunks_at_once: int | None) -> Any:
     """The implementation for all heads and rows, with the window of the state as a ring."""
     if implementation == "recurrent":
         return recurrent
@@ -141,7 +168,7 @@ def _run(implementation: Implementation, chunk_size: int | None) -> Any:
     else:
         tokens = TOKENS_AND_HEADS
         run = per_rows_and_heads(
-            functools.partial(chunked, chunk_size=chunk_size),
+            functools.partial(chunked, chunk_size=chunk_size, chunks_at_once=chunks_at_once),
             in_specs=(tokens, tokens, tokens, BATCH, HEADS, _STATE_SPECS),
             out_specs=(tokens, _STATE_SPECS),
         )
@@ -191,7 +218,7 @@ def _check_inputs(query: jax.Array, key: jax.Array, value: jax.Array, splats: Sp
 
 
 def _check_choices(
-    window: Window, initial_state: SplatState | None, implementation: str | None, chunk_size: int | None
+    window: Window, initial_state: SplatState | None, implementation: str | None, **sizes: int | None
 ) -> None:
     if implementation not in (None, "reference", "chunked", "recurrent"):
         raise InputError(f"implementation = {implementation!r}; give 'reference', 'chunked', 'recurrent' or None")
@@ -199,12 +226,13 @@ def _check_choices(
         raise InputError("initial_state needs a window: with window = 'all' all keys are seen exactly, give a number")
     if window == "all" and implementation == "recurrent":
         raise InputError("implementation = 'recurrent' needs a window: give a number of tokens, or implementation None")
-    if chunk_size is None:
-        return
-    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
-        raise InputError(f"chunk_size = {chunk_size!r}; give a number of tokens >= 1, or None")
-    if implementation not in (None, "chunked"):
-        raise InputError(f"chunk_size does nothing for implementation = {implementation!r}; leave it out")
+    for name, size in sizes.items():
+        if size is None:
+            continue
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise InputError(f"{name} = {size!r}; give a number >= 1, or None")
+        if implementation not in (None, "chunked"):
+            raise InputError(f"{name} does nothing for implementation = {implementation!r}; leave it out")
 
 
 def _check_packing(initial_state: SplatState | None, implementation: str | None) -> None:

@@ -1,17 +1,24 @@
 """Attention through splats in linear time, many tokens at once: training and prefill.
 
-May be changed here: how a chunk is computed. A chunk maps (state, tokens) to (state, outputs); a scan does the rest.
-`_factors` and `_chunk` work on one head of one row; `chunked` decides what all heads and rows must do alike.
+Tokens are cut into chunks. What a chunk needs of its own tokens (features, scores, weights, sums over its keys) is
+computed for a group of chunks at once, in large products; only maxima and sums of the state go from chunk to chunk. A
+scan over groups carries the state.
+
+May be changed here: how a chunk and a group are computed, and how large they are on each platform (`_SCHEDULES`).
+Functions work on one chunk of one head of one row, or say that they take all G chunks of a group; `_group` decides what
+all heads and rows must do alike.
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gsa_jax.ops.precision import precision_of
 from gsa_jax.ops.segments import Reached, reached_by, visible
 from gsa_jax.ops.state import (
     FLOOR,
@@ -19,21 +26,35 @@ from gsa_jax.ops.state import (
     STATE_ROWS,
     Splats,
     SplatState,
-    append_to_window,
     append_to_windows,
     compensated,
     exp_relative,
     key_features,
     per_head,
     query_features,
+    sums_dtype,
     weighted_mean,
     without_padding,
 )
 from gsa_jax.ops.steep import STEEP, level_weights, steep_weights
 
-_CHUNK = 64
-"""Least tokens per chunk by default. A wider window takes chunks of its own width, up to `_MAX_CHUNK`: each chunk reads
-all keys of the window, which should not be many more than its own keys."""
+
+class Schedule(NamedTuple):
+    """Sizes that affect speed and memory, and results only in rounding.
+
+    Attributes:
+        chunk: least tokens per chunk. A wider window takes chunks of its own width, up to `_MAX_CHUNK`: each chunk
+            reads all keys of the window, which should not be many more than its own keys.
+        scores: a group has as many chunks as have this many scores over all heads and rows, but one at least.
+    """
+
+    chunk: int
+    scores: int
+
+
+_SCHEDULES = {"cpu": Schedule(64, 0), "tpu": Schedule(128, 0), "default": Schedule(128, 1 << 26)}
+"""By platform. What a processor computes should stay in its cache, and what a TPU does in its vector memory; a GPU is
+bound by launches unless it is given all chunks at once (1,422 launches for 2,048 tokens one by one, 147 at once)."""
 
 _MAX_CHUNK = 256
 
@@ -50,12 +71,28 @@ class Factors(NamedTuple):
         last: base of the last document, the only one that can have readers to come.
     """
 
-    read: Float[Array, "*BH T S"]
-    add: Float[Array, "*BH T S"]
-    last: Float[Array, "*BH S"]
+    read: Float[Array, "*BHG C S"]
+    add: Float[Array, "*BHG C S"]
+    last: Float[Array, "*BHG S"]
 
 
-@functools.partial(jax.jit, static_argnames=("chunk_size",))  # without an outer jit, each call would compile its scan
+class Sums(NamedTuple):
+    """What a chunk does to the sums of the state.
+
+    Attributes:
+        kept: the factor of the sums before the chunk.
+        kv: sum of `exp(f - m) value` over the chunk's keys, of the document that keys have reached at its end.
+        z: sum of `exp(f - m)`.
+    """
+
+    kept: Float[Array, "*BHG S"]
+    kv: Float[Array, "*BHG S D"]
+    z: Float[Array, "*BHG S"]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("chunk_size", "chunks_at_once")
+)  # without an outer jit, each call would compile its scan
 def chunked(
     query: Float[Array, "B T H D"],
     key: Float[Array, "B T H D"],
@@ -64,141 +101,308 @@ def chunked(
     splats: Splats,
     state: SplatState,
     chunk_size: int | None = None,
+    chunks_at_once: int | None = None,
 ) -> tuple[Float[Array, "B T H D"], SplatState]:
-    """A scan over chunks that carries the state: O(W + S) per token, in time and memory, forward and backward.
+    """A scan over groups of chunks that carries the state: O(W + S) per token, in time and memory, both directions.
 
-    The window of the state is in the order of time. The backward pass recomputes each chunk from the state at its
+    The window of the state is in the order of time. The backward pass recomputes each group from the state at its
     start.
 
     With several documents the state before must be empty, and the one after is of the last document alone.
     """
-    batch, length, heads, head_dim = query.shape
-    size = min(chunk_size or min(max(state.key.shape[2], _CHUNK), _MAX_CHUNK), length)
-    count = -(-length // size)
-    padding_to_zeros = per_head(without_padding, (1, None), (0, 0), 1)
+    batch, length, heads, _ = query.shape
+    window = state.key.shape[2]
 
-    def chunks(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
+    def scan(schedule: Schedule) -> Callable[..., tuple[jax.Array, SplatState]]:
+        size = min(chunk_size or min(max(window, schedule.chunk), _MAX_CHUNK), length)
+        at_once = chunks_at_once or max(schedule.scores // (batch * heads * size * (window + size)), 1)
+        return functools.partial(_scan, size=size, at_once=at_once)
 
-    @jax.checkpoint
-    def body(carried: tuple[Any, ...], tokens: tuple[jax.Array, ...]) -> tuple[tuple[Any, ...], jax.Array]:
-        query, key, value, segments, exists = tokens
-        query, key, value = (padding_to_zeros(x, segments) for x in (query, key, value))
-        state, window_segments, document = carried
-        key_segments = jnp.concatenate([window_segments, segments], axis=1)
-        left = jnp.where(exists, key_segments[:, :size], 0)
-        reached = jax.vmap(reached_by)(left, document)
-        begins = jnp.any(reached.has_key & ~(reached.goes_on & jnp.any(state.m > FLOOR, axis=(1, 2))[:, None]))
-        factors = factors_of(query, key, segments, left, reached, splats, state, begins)
-        # Decided once for all heads and rows: under `vmap`, one condition for each would compute both branches.
-        steep = jnp.any(factors.add >= STEEP)
-        output, state = chunk(query, key, value, segments, key_segments, reached, factors, state, steep)
-        return (state, key_segments[:, size:], reached.document[:, -1]), output
+    ways = {platform: scan(schedule) for platform, schedule in _SCHEDULES.items()}
+    return jax.lax.platform_dependent(query, key, value, segments, splats, state, **ways)
 
-    factors_of = per_head(
-        _factors, (1, 1, None, None, None, 0, STATE_HEADS, None), (0, 0, 0, 0, 0, None, STATE_ROWS, None)
-    )
-    chunk = per_head(
-        _chunk,
-        (1, 1, 1, None, None, None, 0, STATE_HEADS, None),
-        (0, 0, 0, 0, 0, 0, 0, STATE_ROWS, None),
-        (1, STATE_HEADS),
-        (0, STATE_ROWS),
-    )
-    # The last chunk may have slots past the end of the row. No key leaves the window at them, so the sums are right.
+
+def _scan(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B T H D"],
+    value: Float[Array, "B T H D"],
+    segments: Int[Array, "B T"],
+    splats: Splats,
+    state: SplatState,
+    *,
+    size: int,
+    at_once: int,
+) -> tuple[Float[Array, "B T H D"], SplatState]:
+    """`chunked` in chunks of `size` tokens, `at_once` at a time or a few less."""
+    batch, length, *shape = query.shape
+    chunks = -(-length // size)
+    count = -(-chunks // at_once)
+    group = -(-chunks // count) * size
+
+    def groups(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, count * group - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, count, group, *x.shape[2:]), 1, 0)
+
+    # The last group may have slots past the end of the row. No key leaves the window at them, so the sums are right.
     # But the window moves on past the end, so the last state has that of the last tokens instead.
-    exists = jnp.arange(count * size).reshape(count, size) < length
-    tokens = (*map(chunks, (query, key, value, segments)), exists)
+    exists = jnp.arange(count * group).reshape(count, group) < length
+    # The maxima are constants to the gradient, so that of the first one goes through the sums that it belongs to.
+    unit = exp_relative(state.m - jax.lax.stop_gradient(state.m))
+    first = dataclasses.replace(
+        state, kv=state.kv * unit[..., None], kv_rest=state.kv_rest * unit[..., None], z=state.z * unit
+    )
     # Keys before this call belong to document 1: without `segment_ids` a row is one document of that number, and with
     # them there are no keys before.
-    carried = state, state.valid.astype(segments.dtype), jnp.ones(batch, segments.dtype)
-    (sums, _, _), output = jax.lax.scan(body, carried, tokens)
-    output = jnp.moveaxis(output, 0, 1).reshape(batch, count * size, heads, head_dim)[:, :length]
+    carried = first, state.valid.astype(segments.dtype), jnp.ones(batch, segments.dtype)
+    body = jax.checkpoint(functools.partial(_group, splats=splats, size=size))
+    (sums, _, _), output = jax.lax.scan(body, carried, (*map(groups, (query, key, value, segments)), exists))
+    output = jnp.moveaxis(output, 0, 1).reshape(batch, count * group, *shape)[:, :length]
     final = append_to_windows(state, key, value, segments)
     return output, dataclasses.replace(sums, key=final.key, value=final.value, valid=final.valid, length=final.length)
 
 
-def _factors(
-    query: Float[Array, "T D"],
-    key: Float[Array, "T D"],
-    segments: Int[Array, "T"],
-    left: Int[Array, "T"],
-    reached: Reached,
+Kind = Literal["token", "head", "row", "splats"]
+"""What an array of all chunks is: `[B, T, H, D]` cut into `[B, G, C, H, D]`, `[B, H, G, ...]`, `[B, G, ...]`, or
+`[H, ...]` without chunks. Where a group is one chunk, there is no axis G."""
+
+
+def _group(
+    carried: tuple[SplatState, Int[Array, "B W"], Int[Array, "B"]],
+    tokens: tuple[jax.Array, ...],
+    *,
     splats: Splats,
-    state: SplatState,
-    begins: Bool[Array, ""],
-) -> Factors:
-    """The factors of T tokens.
+    size: int,
+) -> tuple[tuple[SplatState, Int[Array, "B W"], Int[Array, "B"]], Float[Array, "B T H D"]]:
+    """Outputs of the T tokens of a group, and what the next one is given.
 
     Args:
-        left: segments of the keys that leave the window.
+        carried: the state, with the window in the order of time; segments of the window; the document that the keys
+            which left it have reached.
+        tokens: query, key and value `[B, T, H, D]`, segments `[B, T]`, and which of the slots `[T]` exist.
+    """
+    state, window_segments, document = carried
+    query, key, value, segments, exists = tokens
+    length, window = query.shape[1], state.key.shape[2]
+    several = length > size
+
+    def over(function: Callable[..., Any], *kinds: Kind) -> Callable[..., Any]:
+        """A function of one chunk of one head of one row, for all of them."""
+        if several:
+            function = jax.vmap(function, [None if kind == "splats" else 0 for kind in kinds])
+        heads: dict[Kind, int | None] = {"token": 2 if several else 1, "head": 0, "row": None, "splats": 0}
+        if set(kinds) != {"row"}:
+            function = jax.vmap(function, [heads[kind] for kind in kinds])
+        return jax.vmap(function, [None if kind == "splats" else 0 for kind in kinds])
+
+    def cut(x: jax.Array) -> jax.Array:
+        return x.reshape(len(x), -1, size, *x.shape[2:]) if several else x
+
+    def at_hand(x: jax.Array, before: jax.Array) -> jax.Array:
+        """What each chunk has at hand: the W slots before it, and its own."""
+        x = jnp.concatenate([before, x])
+        return _overlapping(x, window, size) if several else x
+
+    query, key, value = (per_head(without_padding, (1, None), (0, 0), 1)(x, segments) for x in (query, key, value))
+    following = append_to_windows(state, key, value, segments)
+    slots = jnp.concatenate([window_segments, segments], axis=1)
+    left = cut(jnp.where(exists, slots[:, :length], 0))
+    reached = over(reached_by, "row", "row")(left, _documents_before(left, document) if several else document)
+    keys, values = (per_head(at_hand, (1, 0), (0, 0))(*x) for x in ((key, state.key), (value, state.value)))
+    query, segments, key_segments = cut(query), cut(segments), jax.vmap(at_hand)(segments, window_segments)
+
+    queries, features = over(_features, "token", "head", "row", "splats")(query, keys, left, splats)
+    starts, ends = jax.lax.stop_gradient(state.m), None
+    if several:
+        starts, ends = per_head(_maxima, (0, None, 0), (0, 0, 0))(features, reached, starts)
+    known = jnp.any(state.m > FLOOR, axis=(1, 2)).reshape(-1, *[1] * (left.ndim - 1))
+    begins = jnp.any(reached.has_key & ~(reached.goes_on & known))
+    factors_of = functools.partial(_factors, begins=begins)
+    factors = over(factors_of, "head", "head", "row", "row", "head")(queries, features, segments, reached, starts)
+    near, near_top = over(_near, "token", "head", "row", "row")(query, keys, segments, key_segments)
+
+    precision = precision_of(query.dtype)
+    arguments = factors.read, factors.add, near_top, over(_causal, "row")(reached.document), reached.document
+    kinds: tuple[Kind, ...] = ("head", "head", "head", "row", "row")
+    level, any_way = (functools.partial(way, precision=precision) for way in (level_weights, steep_weights))
+    # Decided once for all heads and rows: under `vmap`, one condition for each would compute both branches.
+    steep = jnp.any(factors.add >= STEEP, axis=(0, 1, -2, -1))
+
+    # Without the checkpoint, all other groups would store zeros in place of what a steep one keeps for the backward
+    # pass.
+    @jax.checkpoint
+    def chunk_by_chunk(*arguments: jax.Array) -> tuple[jax.Array, ...]:
+        one = functools.partial(per_head, head_axes=(0, 0, 0, None, None), row_axes=(0,) * 5)
+        if not several:
+            return one(any_way)(*arguments)
+        chunks = [jnp.moveaxis(x, 1 if kind == "row" else 2, 0) for x, kind in zip(arguments, kinds, strict=True)]
+        found = jax.lax.map(lambda x: jax.lax.cond(x[0], one(any_way), one(level), *x[1]), (steep, chunks))
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), found)
+
+    if factors.add.shape[-1]:
+        top, factor, within = jax.lax.cond(jnp.any(steep), chunk_by_chunk, over(level, *kinds), *arguments)
+    else:
+        top, factor, within = over(level, *kinds)(*arguments)
+
+    if ends is None:
+        ends = over(_end, "head", "row", "head")(factors, reached, starts)
+    sums_of = over(functools.partial(_sums, precision=precision), "head", "head", "row", "head", "head")
+    sums = sums_of(values, factors, reached, starts, ends)
+    if several:
+        carry = per_head(_carry, (STATE_HEADS, 0), (STATE_ROWS, 0), (STATE_HEADS, 0), (STATE_ROWS, 0))
+        following, (kv, z) = carry(following, sums)
+        following = dataclasses.replace(following, m=ends[:, :, -1])
+    else:
+        following, (kv, z) = _advance(following, sums)
+        following = dataclasses.replace(following, m=ends)
+    output_of = over(functools.partial(_output, precision=precision), *["head"] * 5, "row", "head", "head")
+    output = output_of(near, top, within, values, factor, reached.goes_on, kv, z)
+    output = jnp.swapaxes(output.reshape(*output.shape[:2], length, -1), 1, 2)
+    return (following, slots[:, length:], reached.document.reshape(len(left), -1)[:, -1]), output
+
+
+def _overlapping(x: Array, window: int, size: int) -> Array:
+    """Of W + G C slots, those at hand in each chunk: `[G, W + C, ...]`."""
+    pad = -window % size
+    x = jnp.pad(x, [(pad, 0)] + [(0, 0)] * (x.ndim - 1))
+    blocks = x.reshape(-1, size, *x.shape[1:])
+    per_window = (window + pad) // size
+    count = len(blocks) - per_window
+    return jnp.concatenate([blocks[i : i + count] for i in range(per_window + 1)], axis=1)[:, pad:]
+
+
+def _documents_before(left: Int[Array, "B G C"], document: Int[Array, "B"]) -> Int[Array, "B G"]:
+    """The document that the keys before each chunk have reached."""
+    ends = jnp.maximum(jax.lax.cummax(jnp.max(left, axis=2), axis=1), document[:, None])
+    return jnp.concatenate([document[:, None], ends[:, :-1]], axis=1)
+
+
+def _causal(document: Int[Array, "C"]) -> Bool[Array, "C C"]:
+    """Whether a token may read the key that leaves the window at another slot."""
+    return jnp.tril(jnp.ones((len(document), len(document)), bool)) & (document[:, None] == document)
+
+
+def _features(
+    query: Float[Array, "C D"], keys: Float[Array, "K D"], left: Int[Array, "C"], splats: Splats
+) -> tuple[Float[Array, "C S"], Float[Array, "C S"]]:
+    """Log features of queries, and of the keys that leave the window; -inf where none leaves."""
+    dtype = sums_dtype(query.dtype)
+    leaving = keys[: len(left)].astype(dtype)
+    return query_features(splats, query.astype(dtype)), key_features(splats, leaving, left != 0)
+
+
+def _end(factors: Factors, reached: Reached, start: Float[Array, "S"]) -> Float[Array, "S"]:
+    """The maximum of the keys' features at the end of a chunk, of the document reached there."""
+    of_last = reached.document == reached.document[-1]
+    added = jnp.where(of_last[:, None], factors.add, -jnp.inf)
+    before = jnp.where(reached.goes_on[-1], start, FLOOR)
+    return jnp.maximum(before, factors.last + jax.lax.stop_gradient(jnp.max(added, axis=0, initial=-jnp.inf)))
+
+
+def _maxima(
+    features: Float[Array, "G C S"], reached: Reached, m: Float[Array, "S"]
+) -> tuple[Float[Array, "G S"], Float[Array, "G S"]]:
+    """Maxima of the keys' features before and at the end of each chunk, of the document reached there.
+
+    They are over all chunks so far that end in the same document, and over the keys before where it goes on from there.
+
+    Args:
+        m: the maximum before the first chunk.
+    """
+    known = jax.lax.stop_gradient(features)
+    ends = reached.document[:, -1]
+    own = jnp.max(jnp.where((reached.document == ends[:, None])[..., None], known, FLOOR), axis=1)
+    same = jnp.tril(ends[:, None] == ends)
+    maxima = jnp.max(jnp.where(same[:, :, None], own, FLOOR), axis=1)
+    goes_on = jnp.cumprod(reached.goes_on[:, -1].astype(jnp.int32)) != 0
+    maxima = jnp.maximum(maxima, jnp.where(goes_on[:, None], m, FLOOR))
+    return jnp.concatenate([m[None], maxima[:-1]]), maxima
+
+
+def _factors(
+    queries: Float[Array, "C S"],
+    features: Float[Array, "C S"],
+    segments: Int[Array, "C"],
+    reached: Reached,
+    start: Float[Array, "S"],
+    *,
+    begins: Bool[Array, ""],
+) -> Factors:
+    """The factors of a chunk.
+
+    Args:
+        start: the maximum before the chunk.
         begins: whether any document takes the feature of its first key as its base.
     """
-    length, dtype = len(query), state.z.dtype
-    leaving = jnp.concatenate([state.key, key])[:length].astype(dtype)
-    features = key_features(splats, leaving, left != 0)
-    known = jax.lax.stop_gradient(features)
-    base = jnp.where(reached.goes_on[:, None], state.m, FLOOR)
+    base = jnp.where(reached.goes_on[:, None], start, FLOOR)
 
     def with_openings() -> jax.Array:
-        opening = jnp.where(reached.has_key[:, None], known[reached.first], FLOOR)
+        opening = jax.lax.stop_gradient(features)[reached.first]
+        opening = jnp.where(reached.has_key[:, None], opening, FLOOR)
         return jnp.where(base > FLOOR, base, opening)
 
     base = jax.lax.cond(begins, with_openings, lambda: base)
     reads = (base > FLOOR) & (reached.document == segments)[:, None]
-    read = jnp.where(reads, query_features(splats, query.astype(dtype)) + base, -jnp.inf)
-    return Factors(read, features - base, base[-1])
+    return Factors(jnp.where(reads, queries + base, -jnp.inf), features - base, base[-1])
 
 
-def _chunk(
-    query: Float[Array, "T D"],
-    key: Float[Array, "T D"],
-    value: Float[Array, "T D"],
-    segments: Int[Array, "T"],
-    key_segments: Int[Array, "K"],
-    reached: Reached,
+def _near(
+    query: Float[Array, "C D"], keys: Float[Array, "K D"], segments: Int[Array, "C"], key_segments: Int[Array, "K"]
+) -> tuple[Float[Array, "C K"], Float[Array, "C"]]:
+    """Exact scores, and the maximum of each row. Of the K = W + C keys at hand, token t sees t < j <= t + W exactly."""
+    dtype = sums_dtype(query.dtype)
+    offset = jnp.arange(len(keys)) - jnp.arange(len(query))[:, None]
+    exactly = (offset > 0) & (offset <= len(keys) - len(query)) & visible(segments, key_segments)
+    scores = jnp.matmul(query.astype(dtype), keys.astype(dtype).T, precision=precision_of(query.dtype))
+    near = jnp.where(exactly, scores, -jnp.inf)
+    return near, jax.lax.stop_gradient(jnp.max(near, axis=-1, initial=FLOOR))
+
+
+def _output(
+    near: Float[Array, "C K"],
+    top: Float[Array, "C"],
+    within: Float[Array, "C C"],
+    values: Float[Array, "K D"],
+    factor: Float[Array, "C S"],
+    goes_on: Bool[Array, "C"],
+    kv: Float[Array, "S D"],
+    z: Float[Array, "S"],
+    *,
+    precision: jax.lax.Precision,
+) -> Float[Array, "C D"]:
+    """Outputs from near keys, from the chunk's own keys through the splats, and from the sums before the chunk."""
+    dot = functools.partial(jnp.matmul, precision=precision)
+    weights = jnp.exp(near - top[:, None]) + jnp.pad(within, [(0, 0), (0, len(values) - len(within))])
+    numerator = dot(weights, values.astype(kv.dtype)) + jnp.where(goes_on[:, None], dot(factor, kv), 0)
+    denominator = jnp.sum(weights, axis=-1) + jnp.where(goes_on, dot(factor, z), 0)
+    return weighted_mean(numerator, denominator)
+
+
+def _sums(
+    values: Float[Array, "K D"],
     factors: Factors,
-    state: SplatState,
-    steep: Bool[Array, ""],
-) -> tuple[Float[Array, "T D"], SplatState]:
-    """Outputs of T tokens, and the state after them; the window is in the order of time.
-
-    Of the W + T keys at hand, token t sees key j through the splats if j <= t, and exactly if t < j <= t + W.
-    """
-    length, window, dtype = len(query), len(state.key), state.z.dtype
-    keys, values = jnp.concatenate([state.key, key]), jnp.concatenate([state.value, value])
-    wide_values = values.astype(dtype)
-    offset = jnp.arange(window + length) - jnp.arange(length)[:, None]
-    exactly = (offset > 0) & (offset <= window) & visible(segments, key_segments)
-    near = jnp.where(exactly, query.astype(dtype) @ keys.astype(dtype).T, -jnp.inf)
-    near_top = jax.lax.stop_gradient(jnp.max(near, axis=-1, initial=FLOOR))
-
-    document, read, add = reached.document, factors.read, factors.add
-    causal = jnp.tril(jnp.ones((length, length), bool)) & (document[:, None] == document)
-
-    def level() -> tuple[jax.Array, ...]:
-        return level_weights(read, add, near_top, causal)
-
-    # Without the checkpoint, all other chunks would store zeros in place of what a steep chunk keeps for the backward
-    # pass.
-    @jax.checkpoint
-    def any_way() -> tuple[jax.Array, ...]:
-        return steep_weights(read, add, near_top, causal, document)
-
-    top, factor, within = jax.lax.cond(steep, any_way, level) if add.shape[1] else level()
-    weights = jnp.exp(near - top[:, None]) + jnp.pad(within, [(0, 0), (0, window)])
-    numerator = weights @ wide_values + jnp.where(reached.goes_on[:, None], factor @ state.kv, 0)
-    denominator = jnp.sum(weights, axis=-1) + jnp.where(reached.goes_on, factor @ state.z, 0)
-    output = weighted_mean(numerator, denominator)
-
-    following = append_to_window(state, key, value, segments)
-    of_last = document == document[-1]
-    added = jnp.where(of_last[:, None], add, -jnp.inf)
-    m_before = jnp.where(reached.goes_on[-1], state.m, FLOOR)
-    m = jnp.maximum(m_before, factors.last + jax.lax.stop_gradient(jnp.max(added, axis=0, initial=-jnp.inf)))
+    reached: Reached,
+    start: Float[Array, "S"],
+    end: Float[Array, "S"],
+    *,
+    precision: jax.lax.Precision,
+) -> Sums:
+    """What the chunk does to the sums: the keys that leave the window during it are added."""
+    of_last = reached.document == reached.document[-1]
+    added = jnp.where(of_last[:, None], factors.add, -jnp.inf)
+    added = exp_relative(added + (factors.last - end))
     # The factor exp(FLOOR - m) = 0 removes sums of another document; before the first key, all sums are 0 anyway.
-    kept, added = exp_relative(m_before - m), exp_relative(added + (factors.last - m))
-    kv, kv_rest = compensated(state.kv, state.kv_rest, kept[:, None], added.T @ wide_values[:length])
-    z, z_rest = compensated(state.z, state.z_rest, kept, jnp.sum(added, axis=0))
-    return output, dataclasses.replace(following, kv=kv, kv_rest=kv_rest, z=z, z_rest=z_rest, m=m)
+    kept = exp_relative(jnp.where(reached.goes_on[-1], start, FLOOR) - end)
+    leaving = values[: len(added)].astype(added.dtype)
+    return Sums(kept, jnp.matmul(added.T, leaving, precision=precision), jnp.sum(added, axis=0))
+
+
+def _advance(state: SplatState, sums: Sums) -> tuple[SplatState, tuple[jax.Array, jax.Array]]:
+    """The sums after a chunk, and those before it; of any number of heads and rows."""
+    kv, kv_rest = compensated(state.kv, state.kv_rest, sums.kept[..., None], sums.kv)
+    z, z_rest = compensated(state.z, state.z_rest, sums.kept, sums.z)
+    return dataclasses.replace(state, kv=kv, kv_rest=kv_rest, z=z, z_rest=z_rest), (state.kv, state.z)
+
+
+def _carry(state: SplatState, sums: Sums) -> tuple[SplatState, tuple[Float[Array, "G S D"], Float[Array, "G S"]]]:
+    """The sums after all chunks, and those before each."""
+    return jax.lax.scan(_advance, state, sums)

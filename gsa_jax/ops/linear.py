@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gsa_jax.ops.precision import precision_of
+
 _FEW_ROWS = 8
 """Rows up to which a bfloat16 product is bound by reading the weight (decoding, not prefill)."""
 
@@ -23,7 +25,10 @@ def linear(x: Float[Array, "*batch E"], weight: Float[Array, "F E"]) -> Float[Ar
 
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+    precision = precision_of(x.dtype)
+    return jnp.einsum("...i,oi->...o", x, weight, precision=precision, preferred_element_type=jnp.float32).astype(
+        x.dtype
+    )
 
 
 def _row_reduction(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -4,11 +4,13 @@ May be changed here: how one step reads and updates the state.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gsa_jax.ops.precision import precision_of
 from gsa_jax.ops.state import (
     FLOOR,
     STATE_HEADS,
@@ -60,6 +62,7 @@ def _step(
 ) -> tuple[Float[Array, "D"], SplatState]:
     """The next token of one head of one row; its key and value are not in the window of the state yet."""
     window, dtype = len(state.key), state.z.dtype
+    dot = functools.partial(jnp.matmul, precision=precision_of(query.dtype))
     query, key, value = (jnp.where(valid, x, 0) for x in (query, key, value))  # padding may hold anything
     wide_query = query.astype(dtype)
     if window == 0:
@@ -71,7 +74,7 @@ def _step(
             jax.lax.dynamic_index_in_dim(x, slot, keepdims=False) for x in (state.key, state.value, state.valid)
         )
         stays = state.valid & (jnp.arange(window) != slot)
-        ring = jnp.where(stays, state.key.astype(dtype) @ wide_query, -jnp.inf)
+        ring = jnp.where(stays, dot(state.key.astype(dtype), wide_query), -jnp.inf)
         own = jnp.where(valid, jnp.sum(wide_query * key.astype(dtype)), -jnp.inf)
         near = jnp.concatenate([ring, own[None]])
 
@@ -85,9 +88,9 @@ def _step(
     far = query_features(splats, wide_query[None])[0] + m
     top = jax.lax.stop_gradient(jnp.max(jnp.concatenate([near, far]), initial=FLOOR))
     near, far = exp_relative(near - top), exp_relative(far - top)
-    numerator, denominator = far @ kv, jnp.sum(near) + far @ z
+    numerator, denominator = dot(far, kv), jnp.sum(near) + dot(far, z)
     if window:
-        numerator += near[:-1] @ state.value.astype(dtype) + near[-1] * value.astype(dtype)
+        numerator += dot(near[:-1], state.value.astype(dtype)) + near[-1] * value.astype(dtype)
     output = weighted_mean(numerator, denominator)
     sums = dataclasses.replace(state, kv=kv, kv_rest=kv_rest, z=z, z_rest=z_rest, m=m, length=state.length + 1)
     return output, sums

@@ -12,11 +12,13 @@ May be changed here: nothing but the definition itself.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gsa_jax.ops.precision import precision_of
 from gsa_jax.ops.segments import visible
 from gsa_jax.ops.state import FLOOR, Splats, SplatState, append_to_window, weighted_mean, without_padding
 
@@ -31,7 +33,7 @@ def scores(
 ) -> Float[Array, "T K"]:
     """The definition, for the last T of K tokens as queries."""
     log_query, log_key = log_factors(splats, query, key)
-    near = query @ key.T
+    near = jnp.matmul(query, key.T, precision=precision_of(query.dtype))
     far = jax.nn.logsumexp(log_query[:, None, :] + log_key[None, :, :], axis=-1)
     distance = jnp.arange(len(key) - len(query), len(key))[:, None] - jnp.arange(len(key))
     score = jnp.where(distance < window, near, far)
@@ -82,15 +84,16 @@ def reference(
     top = jnp.max(jnp.concatenate([score, older], axis=-1), axis=-1, keepdims=True, initial=FLOOR)
     top = jax.lax.stop_gradient(top)
     weights, older = jnp.exp(score - top), jnp.exp(older - top)
-    denominator = jnp.sum(weights, axis=-1) + older @ state.z
-    output = weighted_mean(weights @ value + older @ state.kv, denominator)
+    denominator = jnp.sum(weights, axis=-1) + jnp.sum(older * state.z, axis=-1)
+    dot = functools.partial(jnp.matmul, precision=precision_of(dtype))
+    output = weighted_mean(dot(weights, value) + dot(older, state.kv), denominator)
 
     left = jnp.where((key_segments[:length] != 0)[:, None], log_key[:length] + shared, -jnp.inf)
     m = jax.lax.stop_gradient(jnp.maximum(state.m, jnp.max(left, axis=0)))
     left, kept = jnp.exp(left - m), jnp.exp(state.m - m)
     return output, dataclasses.replace(
         following,
-        kv=kept[:, None] * (state.kv + state.kv_rest) + left.T @ value[:length],
+        kv=kept[:, None] * (state.kv + state.kv_rest) + dot(left.T, value[:length]),
         kv_rest=jnp.zeros_like(state.kv),
         z=kept * (state.z + state.z_rest) + jnp.sum(left, axis=0),
         z_rest=jnp.zeros_like(state.z),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gsa_jax.ops.precision import precision_of
 from gsa_jax.ops.segments import visible
 
 _BLOCK = 256
@@ -55,7 +56,9 @@ def _attend(
     value: Float[Array, "B K H D"],
     allowed: Bool[Array, "B 1 T K"],
 ) -> Float[Array, "B T H D"]:
-    scores = jnp.einsum("...thd,...khd->...htk", query.astype(jnp.float32), key.astype(jnp.float32))
+    precision = precision_of(query.dtype)
+    wide_query, wide_key = query.astype(jnp.float32), key.astype(jnp.float32)
+    scores = jnp.einsum("...thd,...khd->...htk", wide_query, wide_key, precision=precision)
     scores = jnp.where(allowed, scores, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("...htk,...khd->...thd", weights, value)
+    return jnp.einsum("...htk,...khd->...thd", weights, value, precision=precision)

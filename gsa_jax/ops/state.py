@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gsa_jax.ops.precision import EXPONENTS
+
 FLOOR = -1e30
 """The maximum over no keys: below every score, and finite, so that the difference of two such maxima is not NaN. The
 score of a key that is not seen is -inf, so its weight is exactly 0."""
@@ -111,10 +113,15 @@ STATE_ROWS = dataclasses.replace(STATE_HEADS, valid=0)
 """Axes over which `jax.vmap` maps the state of a row to its heads, and of a batch to its rows."""
 
 
+def sums_dtype(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+    """That of scores and sums for queries, keys and values of `dtype`: float32 at least."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+
+
 def init_splat_state(splats: Splats, batch: int, window: int, dtype: jax.typing.DTypeLike) -> SplatState:
     """The state before the first token, for keys and values of `dtype`; the sums are float32 at least."""
     heads, num_splats, head_dim = splats.centers.shape
-    wide = jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+    wide = sums_dtype(dtype)
     kv = jnp.zeros((batch, heads, num_splats, head_dim), wide)
     z = jnp.zeros((batch, heads, num_splats), wide)
     return SplatState(
@@ -230,7 +237,6 @@ def _log_gaussians(splats: Splats, x: Float[Array, "T D"]) -> Float[Array, "T S"
     """
     inverse_variance = jnp.exp(-2 * splats.log_scales)
     directions = splats.centers * inverse_variance[:, None]
-    # A TPU would otherwise multiply in bfloat16, and these are exponents.
-    projections = jnp.matmul(x, directions.T, precision=jax.lax.Precision.HIGHEST)
+    projections = jnp.matmul(x, directions.T, precision=EXPONENTS)
     assert splats.norm_gain is not None, "splats are complete"
     return projections + (splats.norm_gain - inverse_variance / 2) * jnp.sum(jnp.square(x), axis=-1, keepdims=True)

@@ -23,11 +23,23 @@ _BASE = 4
 
 
 def level_weights(
-    read: Float[Array, "T S"], add: Float[Array, "T S"], near_top: Float[Array, "T"], causal: Bool[Array, "T T"]
+    read: Float[Array, "T S"],
+    add: Float[Array, "T S"],
+    near_top: Float[Array, "T"],
+    causal: Bool[Array, "T T"],
+    document: Int[Array, "T"],
+    *,
+    precision: jax.lax.Precision,
 ) -> tuple[Float[Array, "T"], Float[Array, "T S"], Float[Array, "T T"]]:
-    """Row maxima `top`, `exp(read - top)`, and the weights relative to `top`; right where no feature is steep."""
+    """Row maxima `top`, `exp(read - top)`, and the weights relative to `top`; right where no feature is steep.
+
+    Args:
+        causal: whether the token of a row may read the key of a column.
+        document: not needed here, but by `steep_weights`, which takes this function's place.
+        precision: of matrix products.
+    """
     top = jax.lax.stop_gradient(jnp.maximum(near_top, jnp.max(read, axis=-1, initial=FLOOR)))
-    return top, *_product(read - top[:, None], add, causal)
+    return top, *_product(read - top[:, None], add, causal, precision)
 
 
 def steep_weights(
@@ -36,6 +48,8 @@ def steep_weights(
     near_top: Float[Array, "T"],
     causal: Bool[Array, "T T"],
     document: Int[Array, "T"],
+    *,
+    precision: jax.lax.Precision,
 ) -> tuple[Float[Array, "T"], Float[Array, "T S"], Float[Array, "T T"]]:
     """As `level_weights`, but right for all features; equal bits for tokens before their document's first steep key.
 
@@ -52,16 +66,16 @@ def steep_weights(
     steep_top = jnp.maximum(near_top, jnp.max(read + reached, axis=-1, initial=FLOOR))
     top = jax.lax.stop_gradient(jnp.where(level, level_top, steep_top))
     relative = read - top[:, None]
-    factor, product = _product(relative, add, causal)
-    return top, factor, jnp.where(level[:, None], product, pairs_within(relative, add, document))
+    factor, product = _product(relative, add, causal, precision)
+    return top, factor, jnp.where(level[:, None], product, pairs_within(relative, add, document, precision))
 
 
 def _product(
-    relative: Float[Array, "T S"], add: Float[Array, "T S"], causal: Bool[Array, "T T"]
+    relative: Float[Array, "T S"], add: Float[Array, "T S"], causal: Bool[Array, "T T"], precision: jax.lax.Precision
 ) -> tuple[Float[Array, "T S"], Float[Array, "T T"]]:
     factor = exp_relative(relative)
     added = jnp.exp(jnp.where(add < STEEP, add, -jnp.inf))
-    return factor, jnp.where(causal, factor @ added.T, 0)
+    return factor, jnp.where(causal, jnp.matmul(factor, added.T, precision=precision), 0)
 
 
 def _running_maximum(x: Float[Array, "T S"], document: Int[Array, "T"]) -> Float[Array, "T S"]:
@@ -74,7 +88,9 @@ def _running_maximum(x: Float[Array, "T S"], document: Int[Array, "T"]) -> Float
     return jax.lax.associative_scan(combine, (document[:, None], x))[1]
 
 
-def pairs_within(read: Float[Array, "T S"], add: Float[Array, "T S"], document: Int[Array, "T"]) -> Float[Array, "T T"]:
+def pairs_within(
+    read: Float[Array, "T S"], add: Float[Array, "T S"], document: Int[Array, "T"], precision: jax.lax.Precision
+) -> Float[Array, "T T"]:
     """The sum over splats of `exp(read[t] + add[j])` for j <= t of the same document, else 0.
 
     The sum becomes a matrix product by `exp(read + r) exp(add - r)`, which is only safe if no key after t sets r. So
@@ -102,7 +118,8 @@ def pairs_within(read: Float[Array, "T S"], add: Float[Array, "T S"], document: 
         earlier = jnp.where((halves[:, 0] == last)[..., None], add.reshape(count, 2, base, num_splats)[:, 0], -jnp.inf)
         later = jnp.where((halves[:, 1] == last)[..., None], read.reshape(count, 2, base, num_splats)[:, 1], -jnp.inf)
         maximum = jax.lax.stop_gradient(jnp.max(earlier, axis=1, keepdims=True, initial=FLOOR))
-        across = jnp.einsum("nts,nks->ntk", exp_relative(later + maximum), exp_relative(earlier - maximum))
+        factors = exp_relative(later + maximum), exp_relative(earlier - maximum)
+        across = jnp.einsum("nts,nks->ntk", *factors, precision=precision)
         # An axis of 2 instead of strided slices, whose gradient aborts the TPU's compiler.
         blocks = weights.reshape(count, 2, base, base)
         upper = jnp.pad(blocks[:, 0], [(0, 0), (0, 0), (0, base)])

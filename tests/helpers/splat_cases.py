@@ -100,9 +100,17 @@ def assert_close(got: object, want: object, tolerance: float) -> None:
 CHUNK = 16
 """Tokens of a chunk where nothing else is said: several chunks in a short text, and small programs."""
 
+AT_ONCE = 3
+"""Chunks of a group where "chunked" is asked for by its name; otherwise they come one by one, as on a processor."""
+
 
 @functools.cache
-def compiled(window: int | str, implementation: str | None = None, chunk_size: int | None = CHUNK):
+def compiled(
+    window: int | str,
+    implementation: str | None = None,
+    chunk_size: int | None = CHUNK,
+    chunks_at_once: int | None = AT_ONCE,
+):
     """`call(case, state) -> (output, state)`."""
 
     def call(case: Case, state: SplatState | None = None):
@@ -116,15 +124,21 @@ def compiled(window: int | str, implementation: str | None = None, chunk_size: i
             initial_state=state,
             implementation=implementation,  # type: ignore[arg-type]
             chunk_size=chunk_size if implementation in (None, "chunked") else None,
+            chunks_at_once=chunks_at_once if implementation == "chunked" else None,
         )
 
     return jax.jit(call)
 
 
 @functools.cache
-def compiled_gradients(window: int | str, implementation: str | None = None, chunk_size: int | None = CHUNK):
+def compiled_gradients(
+    window: int | str,
+    implementation: str | None = None,
+    chunk_size: int | None = CHUNK,
+    chunks_at_once: int | None = AT_ONCE,
+):
     """`call(case) -> (output, state), gradients` by query, key, value and splats of all outputs and of the state."""
-    attend = compiled(window, implementation, chunk_size)
+    attend = compiled(window, implementation, chunk_size, chunks_at_once)
 
     def loss(query: jax.Array, key: jax.Array, value: jax.Array, splats: Splats, mask: jax.Array):
         output, state = attend(Case(query, key, value, splats, mask))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from gsa_jax.ops.state import FLOOR, Splats
 from helpers.splat_cases import Case, assert_close, compiled, compiled_gradients, draw, relative_error
 
 FAST = ("chunked", "recurrent")
+"""Chunks in groups here; `None` takes them one by one (`splat_cases.AT_ONCE`)."""
+
 ALL = ("reference", *FAST)
 
 LENGTH, SPLATS, WINDOW = 50, 3, 8
@@ -143,12 +146,44 @@ def test_bfloat16_inputs_are_computed_in_float32(implementation: str) -> None:
         assert relative_error(got, expected) < 2e-2  # the gradient of the output is rounded to 8 bits
 
 
-@pytest.mark.parametrize("window", [WINDOW, pytest.param(0, marks=SLOW)])
-def test_chunk_size_does_not_matter(window: int) -> None:
+@pytest.mark.parametrize("window", [WINDOW, pytest.param(0, marks=SLOW), pytest.param(20, marks=SLOW)])
+def test_sizes_of_chunks_and_groups_do_not_matter(window: int) -> None:
     case = draw(LENGTH, SPLATS, pads=0.1, optional=True)
-    want = compiled(window, "reference")(case)
-    for chunk_size in (1, 5, 32, 100):
-        assert_close(compiled(window, "chunked", chunk_size)(case), want, 1e-5)
+    want = compiled_gradients(window, "reference")(case)
+    for sizes in ((1, 7), (5, 2), (5, 100), (16, 1), (16, 2), (32, 1), (100, 1)):
+        assert_close(compiled_gradients(window, "chunked", *sizes)(case), want, 2e-5)
+
+
+def test_platforms_have_sizes_of_their_own() -> None:
+    """A program that is lowered for a platform has that platform's chunks and groups, wherever it is lowered."""
+    case = draw(1024, SPLATS)
+    trips = {}
+    for platform in ("cpu", "tpu", "cuda"):
+        lowered = (
+            jax.jit(functools.partial(splat_attention, window=WINDOW))
+            .trace(*case[:4])
+            .lower(lowering_platforms=(platform,))
+        )
+        trips[platform] = {int(n) for n in re.findall(r"tensor<(\d+)x2x\d+x2x8xf32>", lowered.as_text())}
+    assert 16 in trips["cpu"] and 8 in trips["tpu"] and 16 not in trips["tpu"] and not {8, 16} & trips["cuda"]
+
+
+def test_the_gradient_by_the_maximum_of_a_given_state() -> None:
+    """What a state holds counts as `exp(m)` times its sums, so that sums and maximum can be traded for one another."""
+    case = draw(LENGTH, SPLATS, optional=True)
+    _, state = compiled(WINDOW)(case)
+
+    def gradient(implementation: str | None):
+        def loss(m: jax.Array) -> jax.Array:
+            given = dataclasses.replace(state, m=m)
+            return jnp.sum(jnp.sin(compiled(WINDOW, implementation)(case.slots(0, 40), given)[0]))
+
+        return jax.grad(loss)(state.m)
+
+    want = gradient("reference")
+    assert jnp.any(jnp.abs(want) > 1e-3)
+    for implementation in (None, "chunked", "recurrent"):
+        assert_close(gradient(implementation), want, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from gsa_jax import GPTNeoForCausalLM, SplatConfig
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.ops import init_splat_state, splat_attention
+from gsa_jax.ops.chunked import _SCHEDULES, Schedule
 from gsa_jax.parameters import build_model, named_parameters
 from helpers.splat_cases import Case, assert_close, draw, relative_error
 
@@ -221,7 +222,7 @@ def random_model(mode: str):
 
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gsa_jax.ops.chunked._CHUNK", CHUNK)
+    monkeypatch.setitem(_SCHEDULES, "cpu", Schedule(CHUNK, 0))
 
 
 @pytest.mark.usefixtures("short_chunks")
@@ -249,7 +250,7 @@ def test_a_packed_row_is_its_documents_alone(mode: str, monkeypatch: pytest.Monk
 
     gradient = jax.jit(jax.grad(loss, has_aux=True))
     got, logits = gradient(params, ids, documents > 0, segment_ids=documents)
-    monkeypatch.setattr(api, "_run", lambda *_, run=api._run: run("reference", None))
+    monkeypatch.setattr(api, "_run", lambda *_, run=api._run: run("reference", None, None))
     want, expected = gradient(params, alone, mask, attention_mask=mask)
     for n, (row, own) in enumerate(zip(rows, slots, strict=True)):
         assert relative_error(logits[row, own], expected[n, : len(own)]) < 1e-5, f"document {n}"

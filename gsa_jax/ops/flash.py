@@ -1,0 +1,134 @@
+"""Exact attention by the flash kernels of accelerators: JAX's splash attention on TPU, cuDNN on NVIDIA GPUs.
+
+Both take 16-bit inputs. Scores are `q . k` without a scale, as everywhere here, and padding sees padding, so that every
+row is finite.
+
+May be changed here: which kernel runs where, and what it is given. The definition is `gsa_jax.ops.softmax`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gsa_jax.errors import InputError
+from gsa_jax.ops.partition import BATCH, TOKENS_AND_HEADS, per_rows_and_heads
+
+AttentionImplementation = Literal["auto", "xla", "splash", "cudnn"]
+"""How exact attention is computed: `xla` is ours, compiled from plain products; `splash` and `cudnn` are kernels.
+`auto` takes the kernel of the platform for 16-bit inputs, and ours otherwise."""
+
+_BLOCKS = (512, 256, 128)
+"""Tokens of a block of splash attention: the first that divides the length, padded to a multiple of the last."""
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def exact_attention(
+    ours: Attend,
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B T H D"],
+    value: Float[Array, "B T H D"],
+    segments: Int[Array, "B T"],
+    *,
+    window: int | None,
+    implementation: AttentionImplementation,
+) -> Float[Array, "B T H D"]:
+    """Attention to the last `window` tokens, the query's own included, or to all of the past if None.
+
+    Args:
+        ours: computes the same from query, key, value and segments, on any platform and in any dtype.
+        segments: as `gsa_jax.ops.softmax.causal_attention` takes them. A query that sees no key gets an arbitrary
+            finite result.
+
+    Raises:
+        InputError: a kernel is named that does not take the inputs' dtype, or is not on this machine.
+    """
+    narrow = jnp.finfo(query.dtype).bits < 32
+    if implementation not in get_args(AttentionImplementation):
+        raise InputError(
+            f"attention_implementation = {implementation!r}: take {', '.join(get_args(AttentionImplementation))}"
+        )
+    if implementation in ("splash", "cudnn") and not narrow:
+        raise InputError(
+            f"attention_implementation = {implementation!r} computes in 16 bits, and the inputs are {query.dtype}; "
+            "take 'xla', or compute in bfloat16"
+        )
+    if implementation == "cudnn" and not _has_gpu():
+        raise InputError("attention_implementation = 'cudnn' needs an NVIDIA GPU, and JAX finds none; take 'auto'")
+    arguments = query, key, value, segments
+    tokens = TOKENS_AND_HEADS
+    on_device = functools.partial(per_rows_and_heads, in_specs=(tokens, tokens, tokens, BATCH), out_specs=tokens)
+    by_splash = on_device(functools.partial(splash, window=window))
+    by_cudnn = on_device(functools.partial(_cudnn, window=window))
+    if implementation == "splash":
+        return by_splash(*arguments)
+    if implementation == "cudnn":
+        return by_cudnn(*arguments)
+    if implementation == "xla" or not narrow:
+        return ours(*arguments)
+    # cuDNN can only be asked for where it is; a program for a GPU that is compiled elsewhere has our own attention.
+    kernels: dict[str, Any] = {"tpu": by_splash, **({"cuda": by_cudnn} if _has_gpu() else {})}
+    return jax.lax.platform_dependent(*arguments, **kernels, default=ours)
+
+
+def _has_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def splash(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B T H D"],
+    value: Float[Array, "B T H D"],
+    segments: Int[Array, "B T"],
+    *,
+    window: int | None,
+    interpret: bool = False,
+) -> Float[Array, "B T H D"]:
+    """JAX's splash attention, on a TPU or interpreted on any platform."""
+    # Imported here, because loading Pallas takes a second that most programs need not wait.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, length, heads, _ = query.shape
+    padded = -(-length // _BLOCKS[-1]) * _BLOCKS[-1]
+    block = next(size for size in _BLOCKS if padded % size == 0)
+    past = masks.LocalMask((padded, padded), (None if window is None else window - 1, 0), 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    kernel = kernels.make_splash_mha(
+        masks.MultiHeadMask([past] * heads),
+        block_sizes=kernels.BlockSizes(**{f"block_{name}": block for name in names}),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def heads_first(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(jnp.pad(x, [(0, 0), (0, padded - length), (0, 0), (0, 0)]), 1, 2)
+
+    segments = jnp.pad(segments, [(0, 0), (0, padded - length)])
+    output = jax.vmap(kernel)(*map(heads_first, (query, key, value)), kernels.SegmentIds(segments, segments))
+    return jnp.swapaxes(output, 1, 2)[:, :length]
+
+
+def _cudnn(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B T H D"],
+    value: Float[Array, "B T H D"],
+    segments: Int[Array, "B T"],
+    *,
+    window: int | None,
+) -> Float[Array, "B T H D"]:
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=(segments[:, :, None] == segments[:, None])[:, None],
+        scale=1.0,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
