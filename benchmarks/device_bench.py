@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jax
 
 Finding = dict[str, Any]
-"""A line of the table: `what` was looked at, `found`, and `against` what; `ok` where there is a verdict; and numbers."""
+"""A line of the table: `what` was looked at, `found`, `against` what, `ok` where there is a verdict; and numbers."""
 
 Result = TypeVar("Result")
 
