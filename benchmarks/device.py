@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
+STARTED = time.monotonic()  # the minutes hold the imports
 if os.environ.get("JAX_PLATFORMS", "cpu").find("cpu") < 0:
     # The reference is a CPU, which a list of other platforms leaves out.
     os.environ["JAX_PLATFORMS"] += ",cpu"
@@ -26,7 +28,6 @@ import shutil
 import subprocess
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -37,12 +38,12 @@ import device_parity
 import device_speed
 import jax
 from device_bench import Bench, Finding, Part
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from gsa_jax.errors import first_line
 
-STARTED = time.monotonic()
 BRIEF_MINUTES = 4.0
 """On a CPU, less than this is little time."""
 
@@ -141,7 +142,7 @@ class Run:
     def report(self) -> int:
         """Prints the table, and what failed; gives the exit code."""
         self.write()
-        table = Table(title=f"{self._bench.device.device_kind}", title_justify="left")
+        table = Table(title=self._bench.device.device_kind, title_justify="left", box=box.SIMPLE)
         for column in ("part", "what", "found", "against", "verdict"):
             table.add_column(column)
         for name, result in self._results.items():
@@ -151,10 +152,9 @@ class Run:
                 cells = [str(finding.get(key, "")) for key in ("what", "found", "against")]
                 table.add_row(name + taken if number == 0 else "", *cells, verdict)
             if result["status"] not in ("ok", "NOT ok"):
-                said = {"cut": "the time was over"}.get(result["status"], result.get("reason", ""))
-                table.add_row(name + taken, "", said, "", result["status"])
+                table.add_row("" if result["findings"] else name + taken, "", result["reason"], "", result["status"])
             table.add_section()
-        Console(width=150).print(table)
+        Console(width=140).print(table)
         bad = [name for name, result in self._results.items() if result["status"] in ("failed", "NOT ok")]
         for name in bad:
             print(f"{name}: {self._results[name].get('reason', 'disagrees with the CPU')}")
@@ -163,6 +163,9 @@ class Run:
 
     def cut(self) -> None:
         """Ends the process with what there is: neither a compiler nor a device can be interrupted."""
+        for result in self._results.values():
+            if result["status"] in ("cut", "left out"):
+                result.setdefault("reason", "the time was over")
         code = self.report()
         sys.stdout.flush()
         shutil.rmtree(self._bench.folder, ignore_errors=True)
