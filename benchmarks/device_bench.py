@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
+Device = Any
+"""A `jax.Device`, which type checkers take for a variable."""
 
 Finding = dict[str, Any]
 """A line of the table: `what` was looked at, `found`, `against` what, `ok` where there is a verdict; and numbers."""
@@ -32,8 +33,8 @@ class Bench:
         left: seconds that the part may still take, so that those after it get their turn.
     """
 
-    device: jax.Device
-    reference: jax.Device
+    device: Device
+    reference: Device
     accelerator: bool
     brief: bool
     folder: Path

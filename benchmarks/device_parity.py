@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from device_bench import Bench, Finding, concurrently
+from device_bench import Bench, Device, Finding, concurrently
 from flax import nnx
 
 import gsa_jax
@@ -64,7 +64,7 @@ def _rows(bench: Bench) -> dict[str, np.ndarray]:
     return {"ids": found.input_ids[:rows], "mask": found.attention_mask[:rows]}
 
 
-def _devices(bench: Bench) -> list[jax.Device]:
+def _devices(bench: Bench) -> list[Device]:
     return [bench.reference] if bench.reference == bench.device else [bench.reference, bench.device]
 
 
@@ -90,7 +90,7 @@ def logits(bench: Bench) -> Iterator[Finding]:
     """Logits over told stories, in each mode and dtype, against the CPU's in float32."""
     folder, rows = story(bench), _rows(bench)
 
-    def compute(device: jax.Device, mode: str, dtype: str) -> np.ndarray:
+    def compute(device: Device, mode: str, dtype: str) -> np.ndarray:
         with jax.default_device(device):
             graphdef, params = nnx.split(gsa_jax.load(folder, dtype=dtype, window=MODES[mode]))
             return np.asarray(_forward(graphdef, params, rows["ids"], rows["mask"]))[rows["mask"]]
@@ -123,7 +123,7 @@ def greedy_tokens(bench: Bench) -> Iterator[Finding]:
     documents = read_documents(gsa_jax.assets.told_stories())[:3]
     prompts = [row[:12] for row in document_tokens(documents, gsa_jax.load_tokenizer(folder), config)]
 
-    def continuation(device: jax.Device, mode: str) -> np.ndarray:
+    def continuation(device: Device, mode: str) -> np.ndarray:
         with jax.default_device(device):
             model = gsa_jax.load(folder, window=MODES[mode])
             return gsa_jax.generate(model, prompts, max_new_tokens=new, eos_token_id=-1)
@@ -166,7 +166,7 @@ def gradients(bench: Bench) -> Iterator[Finding]:
     folder, rows = story(bench), _rows(bench)
     batch = {"input_ids": rows["ids"], "segment_ids": rows["mask"].astype(np.int32)}
 
-    def compute(device: jax.Device, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    def compute(device: Device, dtype: str) -> tuple[np.ndarray, np.ndarray]:
         with jax.default_device(device):
             model = gsa_jax.load(folder, dtype=dtype)
             objective = cross_entropy(functools.partial(build_model, model.config))

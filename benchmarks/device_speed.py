@@ -59,6 +59,7 @@ def seconds_per_call(call: Callable[[], Any], seconds: float = 0.5, repeats: int
     jax.block_until_ready(call())
 
     def of(count: int) -> float:
+        result = None
         started = time.perf_counter()
         for _ in range(count):
             result = call()
@@ -139,7 +140,8 @@ def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, inte
     sizes = kernel.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
     attend = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-    return jax.vmap(attend)(*(x.swapaxes(1, 2) for x in (query, key, value))).swapaxes(1, 2)
+    output: Any = jax.vmap(attend)(*(x.swapaxes(1, 2) for x in (query, key, value)))
+    return output.swapaxes(1, 2)
 
 
 def best_exact(platform: str, dtype: Any) -> tuple[str, Attention] | None:
