@@ -1,0 +1,446 @@
+"""How fast is a device, and how near to what it could do? Parts of `device.py`, with random weights and inputs.
+
+May be changed here: what is measured, at which sizes, and the bounds it is held against. Times are those of the host's
+clock around calls that wait for one another on the device, divided by their number: launching is in them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from device_bench import Bench, Finding, concurrently
+
+import gsa_jax
+from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig
+from gsa_jax.errors import first_line
+from gsa_jax.ops import Splats, splat_attention
+from gsa_jax.parameters import POSITION_EMBEDDING, build_model, expected_shapes
+from gsa_jax.train.config import MODELS, MeshConfig, OptimizerConfig
+from gsa_jax.train.memory import memory_reports
+from gsa_jax.train.objectives import cross_entropy
+from gsa_jax.train.optimizer import make_optimizer
+from gsa_jax.train.recipes import random_tensors
+from gsa_jax.train.step import init_state, make_step
+
+HEADS, HEAD_DIM, NUM_SPLATS, WINDOW = 12, 64, 64, 64
+PASSES = ("forward", "forward + backward")
+OURS, OURS_EXACT = "splats", "exact (gsa-jax)"
+LONGEST_OURS_EXACT = 4096
+"""Where it has no flash attention, its memory grows with the square of the length."""
+
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+"""Dense bfloat16 FLOP/s that the makers state, by a part of the kind's name; the first that fits."""
+
+
+def seconds_per_call(call: Callable[[], Any], seconds: float = 0.5, repeats: int = 5) -> float:
+    """Median over `repeats`, each of as many calls in a row as fit its share of `seconds`."""
+    jax.block_until_ready(call())
+
+    def of(count: int) -> float:
+        result = None
+        started = time.perf_counter()
+        for _ in range(count):
+            result = call()
+        jax.block_until_ready(result)
+        return (time.perf_counter() - started) / count
+
+    count = min(max(int(seconds / repeats / of(1)), 1), 200)
+    return statistics.median(of(count) for _ in range(repeats))
+
+
+def _normal(seed: int, shape: tuple[int, ...], dtype: Any, scale: float = 1.0) -> jax.Array:
+    return (jax.random.normal(jax.random.key(seed), shape, jnp.float32) * scale).astype(dtype)
+
+
+def bounds(bench: Bench) -> Iterator[Finding]:
+    """What the device can do at best: bytes per second and bfloat16 FLOP/s."""
+    bandwidth, matmul = measured_bandwidth(bench.accelerator), measured_flops(bench.accelerator)
+    stated = stated_flops(bench)
+    yield {"what": "memory, a + s b", "found": f"{bandwidth / 1e9:,.0f} GB/s", "bytes_per_second": bandwidth}
+    yield {
+        "what": "large bfloat16 product",
+        "found": f"{matmul / 1e12:,.1f} TFLOP/s",
+        "against": f"{stated / 1e12:,.0f} TFLOP/s stated by the maker" if stated else "no peak known for this kind",
+        "flops_per_second": matmul,
+        "stated_flops_per_second": stated,
+    }
+
+
+@functools.cache
+def measured_bandwidth(accelerator: bool) -> float:
+    """Bytes read and written per second by a + s b over arrays that no cache holds."""
+    size = 2**28 if accelerator else 2**24
+    a, b = (_normal(seed, (size,), jnp.float32) for seed in (0, 1))
+    triad = jax.jit(lambda a, b: a + jnp.float32(3) * b)
+    return 3 * a.nbytes / seconds_per_call(lambda: triad(a, b))
+
+
+@functools.cache
+def measured_flops(accelerator: bool) -> float:
+    """FLOP/s of a large bfloat16 matrix product."""
+    size = 8192 if accelerator else 512
+    a, b = (_normal(seed, (size, size), jnp.bfloat16) for seed in (0, 1))
+    product = jax.jit(jnp.matmul)
+    return 2 * size**3 / seconds_per_call(lambda: product(a, b))
+
+
+def stated_flops(bench: Bench) -> float | None:
+    """The peak that the maker states, if the kind is known."""
+    return next((peak for kind, peak in PEAKS.items() if kind in bench.device.device_kind), None)
+
+
+Attention = Callable[..., jax.Array]
+
+
+def _splats(query: jax.Array, key: jax.Array, value: jax.Array, splats: Splats) -> jax.Array:
+    return splat_attention(query, key, value, splats, window=WINDOW)[0]
+
+
+def _ours_exact(query: jax.Array, key: jax.Array, value: jax.Array, splats: Splats) -> jax.Array:
+    return splat_attention(query, key, value, splats, window="all")[0]
+
+
+def _product_attention(implementation: Literal["xla", "cudnn"]) -> Attention:
+    def attention(query: jax.Array, key: jax.Array, value: jax.Array, splats: Splats) -> jax.Array:
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True, scale=1.0, implementation=implementation)
+
+    return attention
+
+
+def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """JAX's own flash attention for TPU, causal and unscaled; arrays `[B, T, H, D]`."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length, heads = query.shape[1:3]
+    block = min(512, length)
+    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    sizes = kernel.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
+    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
+    attend = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    output: Any = jax.vmap(attend)(*(x.swapaxes(1, 2) for x in (query, key, value)))
+    return output.swapaxes(1, 2)
+
+
+def best_exact(platform: str, dtype: Any) -> tuple[str, Attention] | None:
+    """The platform's fastest exact attention; None where that is ours."""
+    if platform == "tpu":
+        return "splash attention", lambda query, key, value, splats: splash_attention(query, key, value)
+    if platform == "cpu":
+        return "exact (jax.nn, XLA)", _product_attention("xla")
+    return ("flash attention (cuDNN)", _product_attention("cudnn")) if dtype == jnp.bfloat16 else None
+
+
+def _with_backward(attention: Attention) -> Callable[..., Any]:
+    def run(query: jax.Array, key: jax.Array, value: jax.Array, splats: Splats, gradient: jax.Array) -> Any:
+        output, pull = jax.vjp(attention, query, key, value, splats)
+        return output, pull(gradient)
+
+    return run
+
+
+def operation(bench: Bench) -> Iterator[Finding]:
+    """Attention through splats against exact attention, by length; the lengths far apart come first."""
+    dtypes: dict[Any, list[int]] = {jnp.float32: [1024, 2048, 4096, 8192] if not bench.brief else [512, 1024]}
+    if bench.accelerator:
+        lengths = [1024, 4096, 16384, 65536, 2048, 8192, 32768]
+        dtypes = {jnp.bfloat16: lengths, jnp.float32: [2048, 4096]}
+    faster: dict[str, dict[int, float]] = {name: {} for name in PASSES}
+    took = 0.0
+    for dtype, lengths in dtypes.items():
+        for length in lengths:
+            if bench.left() < 1.3 * took:
+                yield {"what": f"{length:,} tokens, {jnp.dtype(dtype).name}", "found": "left out, not enough time"}
+                continue
+            started = time.perf_counter()
+            for finding in _at_length(bench, dtype, length):
+                if finding.get("ratio") is not None and dtype == next(iter(dtypes)):
+                    faster[finding["pass"]][length] = finding["ratio"]
+                yield finding
+            took = time.perf_counter() - started
+    for name, ratios in faster.items():
+        won = [length for length in sorted(ratios) if all(ratios[x] >= 1 for x in ratios if x >= length)]
+        found = f"no slower from {won[0]:,} tokens on" if won else "slower at every length"
+        yield {"what": f"break-even, {name}", "found": found, "break_even": won[0] if won else None}
+
+
+def _at_length(bench: Bench, dtype: Any, length: int) -> Iterator[Finding]:
+    rows = min(8, 65536 // length) if bench.accelerator else 1
+    shape = (rows, length, HEADS, HEAD_DIM)
+    query, key, value, gradient = (_normal(n, shape, dtype, scale) for n, scale in enumerate((0.5, 0.5, 1.0, 1.0)))
+    splats = Splats(
+        centers=_normal(4, (HEADS, NUM_SPLATS, HEAD_DIM), jnp.float32, 0.5),
+        log_scales=jnp.full((HEADS, NUM_SPLATS), np.log(2.0), jnp.float32),
+        norm_gain=jnp.zeros((HEADS,), jnp.float32),
+        far_gain=jnp.zeros((HEADS,), jnp.float32),
+    )
+    rival = best_exact(bench.device.platform, dtype)
+    contenders: dict[str, Attention] = {OURS: _splats, **dict([rival] if rival else [])}
+    if length <= LONGEST_OURS_EXACT:
+        contenders[OURS_EXACT] = _ours_exact
+    inputs = (query, key, value, splats)
+    cases = [(name, which) for name in contenders for which in PASSES]
+
+    def prepare(name: str, which: str) -> Callable[[], Any] | Exception:
+        attention = contenders[name]
+        try:
+            if which == PASSES[0]:
+                compiled = jax.jit(attention).lower(*inputs).compile()
+                return lambda: compiled(*inputs)
+            compiled = jax.jit(_with_backward(attention)).lower(*inputs, gradient).compile()
+            return lambda: compiled(*inputs, gradient)
+        except Exception as error:  # one contender that cannot run must not cost the others
+            return error
+
+    calls = dict(zip(cases, concurrently([functools.partial(prepare, *case) for case in cases]), strict=True))
+    what = f"{length:,} tokens x {rows} rows, {jnp.dtype(dtype).name}"
+    errors: list[Exception] = []
+    for which in PASSES:
+        seconds: dict[str, float] = {}
+        for name in contenders:
+            call = calls[name, which]
+            try:
+                if isinstance(call, Exception):
+                    raise call
+                seconds[name] = seconds_per_call(call, 0.5 if bench.accelerator else 0.2)
+            except Exception as error:
+                errors.append(error)
+                yield {"what": f"{what}, {which}", "found": f"{name} failed: {first_line(error)}", "ok": False}
+        exact = {name: taken for name, taken in seconds.items() if name != OURS}
+        ratio = min(exact.values()) / seconds[OURS] if exact and OURS in seconds else None
+        yield {
+            "what": f"{what}, {which}",
+            "found": f"splats {seconds.get(OURS, float('nan')) * 1e3:.3g} ms"
+            + (f", {ratio:.2f} x as fast" if ratio is not None else ""),
+            "against": ", ".join(f"{name} {taken * 1e3:.3g} ms" for name, taken in exact.items()),
+            "pass": which,
+            "length": length,
+            "rows": rows,
+            "dtype": jnp.dtype(dtype).name,
+            "seconds": seconds,
+            "ratio": ratio,
+        }
+
+
+def _model_config(bench: Bench, *, hybrid: bool) -> GPTNeoConfig:
+    config = MODELS["125M"]
+    if not bench.accelerator:
+        config = MODELS["story"]
+    if bench.brief:
+        config = dataclasses.replace(config, num_layers=1, attention_types=((("global",), 1),))
+    dtype = "bfloat16" if bench.accelerator else "float32"
+    return dataclasses.replace(config, splats=SPLAT_PRESETS["hybrid"] if hybrid else None, dtype=dtype)
+
+
+def _shape_name(bench: Bench) -> str:
+    return "125M" if bench.accelerator else "one layer of the story shape" if bench.brief else "the story shape"
+
+
+def _multiplied(config: GPTNeoConfig) -> int:
+    """Parameters that every token is multiplied with: all but the positions; the token embedding once, as the head."""
+    shapes = expected_shapes(config)
+    return sum(int(np.prod(shape)) for name, shape in shapes.items() if name != POSITION_EMBEDDING)
+
+
+def decoding(bench: Bench) -> Iterator[Finding]:
+    """Greedy decoding with random weights, against reading weights and state once per token."""
+    prompt, step, steps = (1024, 64, 4) if bench.accelerator else (64, 16, 4)
+    batches = (1, 4) if bench.brief else (1, 32)
+
+    def run(model: gsa_jax.GPTNeoForCausalLM, rows: int) -> list[float]:
+        """Seconds per token; those of the first tokens, which hold the prefill, left out."""
+        ids = np.random.default_rng(0).integers(1, model.config.vocab_size, (rows, prompt)).tolist()
+        parts = gsa_jax.generate_stream(model, ids, max_new_tokens=step * steps, eos_token_id=-1, tokens_per_step=step)
+        times = []
+        for _ in parts:
+            times.append(time.perf_counter())
+        return [(after - before) / step for before, after in itertools.pairwise(times)]
+
+    models, state_bytes = {}, {}
+    row = jax.ShapeDtypeStruct((1, prompt), jnp.int32)
+    for mode in ("hybrid", "exact"):
+        config = _model_config(bench, hybrid=mode == "hybrid")
+        draw = jax.jit(functools.partial(random_tensors, config))
+        model = build_model(config, draw(jax.random.key(0)), param_dtype=config.dtype)
+        cache = jax.eval_shape(lambda ids, model=model: model.prefill(ids, None, prompt + step * steps)[1], row)
+        models[mode] = model
+        state_bytes[mode] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    cases = [(mode, rows) for mode in models for rows in batches]
+    concurrently([functools.partial(run, models[mode], rows) for mode, rows in cases])  # compiles
+    bandwidth = measured_bandwidth(bench.accelerator)
+    for mode, rows in cases:
+        model = models[mode]
+        config = model.config
+        seconds = statistics.median([*run(model, rows), *run(model, rows)])
+        state = rows * state_bytes[mode]
+        weights = _multiplied(config) * jnp.dtype(config.dtype).itemsize
+        bound = (weights + state) / bandwidth
+        yield {
+            "what": f"{_shape_name(bench)}, {mode}, {config.dtype}, batch {rows}",
+            "found": f"{rows / seconds:,.0f} tokens/s, {bound / seconds:.0%} of the bound"
+            + (" (caches hold much of it)" if bound > seconds else ""),
+            "against": f"{rows / bound:,.0f} tokens/s: {weights / 1e6:,.0f} + {state / 1e6:,.0f} MB a token",
+            "tokens_per_second": rows / seconds,
+            "share_of_bound": bound / seconds,
+            "weight_bytes": weights,
+            "state_bytes": state,
+            "bytes_per_second": bandwidth,
+            "prompt": prompt,
+            "new_tokens": step * steps,
+        }
+
+
+FLOP_FORMULA = "6 N + 12 E sum over layers of keys per query; N without positions; keys (T + 1) / 2, W, or W + 2 S"
+
+
+def flops_per_token(config: GPTNeoConfig, context: int) -> float:
+    """Model FLOPs of a training step per token; what remat computes again is not counted.
+
+    `FLOP_FORMULA`: a multiplication with N parameters takes 2 N FLOPs forward and 4 N backward; a key that is looked at
+    takes 4 E forward (score and value) and 8 E backward. Features of a query and a key, reading and writing the state
+    cost as much as 2 S keys.
+    """
+    keys = 0.0
+    for layer, window in enumerate(config.windows):
+        if window == "all":
+            keys += (context + 1) / 2
+            continue
+        splats = config.splats.num_splats if config.splats is not None and layer in config.splat_layers else 0
+        keys += min(window, context) + 2 * splats
+    return 6 * _multiplied(config) + 12 * config.hidden_size * keys
+
+
+def training(bench: Bench) -> Iterator[Finding]:
+    """A step of full training from random weights: speed, model FLOP utilisation, memory against the estimate."""
+    context = 2048 if bench.accelerator else 128
+    optimizer = make_optimizer(OptimizerConfig(), 1000)
+    mesh = MeshConfig(data=1).sizes(1)
+
+    def prepare(mode: str) -> dict[str, Any]:
+        config = dataclasses.replace(_model_config(bench, hybrid=mode == "hybrid"), remat=bench.accelerator)
+        objective = cross_entropy(functools.partial(build_model, config))
+        limit = (bench.device.memory_stats() or {}).get("bytes_limit", 0)
+        rows = 16 if bench.accelerator else 2
+        while True:
+            estimate = memory_reports(
+                config,
+                objective,
+                optimizer,
+                [mesh],
+                rows=rows,
+                context=context,
+                dtype=config.dtype,
+                remat=config.remat,
+            )[0].total
+            if not limit or estimate <= 0.75 * limit or rows == 1:
+                break
+            rows //= 2
+
+        def begin(key: jax.Array) -> Any:
+            return init_state(random_tensors(config, key), optimizer, None)
+
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, (rows, context), dtype=np.int32)
+        batch = {"input_ids": jnp.asarray(ids), "segment_ids": jnp.ones_like(ids)}
+        step = jax.jit(make_step(objective, optimizer, accumulate=1, ema_decay=None), donate_argnums=0)
+        started = time.perf_counter()
+        compiled = step.lower(jax.eval_shape(begin, jax.random.key(0)), {}, {}, batch).compile()
+        took = time.perf_counter() - started
+        return dict(
+            config=config, rows=rows, batch=batch, begin=jax.jit(begin), step=compiled, estimate=estimate, took=took
+        )
+
+    modes = ("exact", "hybrid")
+    prepared = concurrently([functools.partial(prepare, mode) for mode in modes])
+    peak, source = stated_flops(bench), "stated by the maker"
+    if peak is None:
+        peak, source = measured_flops(bench.accelerator), "of a measured matrix product"
+    for mode, case in zip(modes, prepared, strict=True):
+        yield _training_speed(bench, mode, context=context, peak=peak, source=source, **case)
+
+
+def _training_speed(
+    bench: Bench,
+    mode: str,
+    *,
+    context: int,
+    peak: float,
+    source: str,
+    config: GPTNeoConfig,
+    rows: int,
+    batch: Any,
+    begin: Any,
+    step: Any,
+    estimate: int,
+    took: float,
+) -> Finding:
+    before = _peak_bytes(bench)
+    state = begin(jax.random.key(0))
+    losses = []
+
+    def call() -> Any:
+        nonlocal state
+        state, metrics = step(state, {}, {}, batch)
+        losses.append(metrics["loss"])
+        return state
+
+    seconds = seconds_per_call(call, 3.0 if bench.accelerator else 0.5)
+    if not all(np.isfinite(float(loss)) for loss in losses):
+        raise RuntimeError(f"{mode}: the loss is not finite")
+    after = _peak_bytes(bench)
+    tokens_per_second = rows * context / seconds
+    utilisation = tokens_per_second * flops_per_token(config, context) / peak
+    analysis = step.memory_analysis()
+    compiled = None
+    if analysis is not None:
+        aliased = analysis.alias_size_in_bytes
+        kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - aliased
+        compiled = kept + analysis.temp_size_in_bytes
+    # The counter never falls: a peak that was there before says nothing about this step.
+    measured = after if after is not None and before is not None and after > before else None
+
+    def gib(size: int | None) -> str:
+        return "unknown" if size is None else f"{size / 2**30:.2f} GiB"
+
+    return {
+        "what": f"{_shape_name(bench)}, {mode}, {config.dtype}, {rows} x {context:,} tokens",
+        "found": f"{tokens_per_second:,.0f} tokens/s, model FLOP utilisation {utilisation:.1%}, peak {gib(measured)}",
+        "against": f"{peak / 1e12:,.1f} TFLOP/s {source}; {gib(compiled)} compiled, {gib(estimate)} estimated",
+        "tokens_per_second": tokens_per_second,
+        "seconds_per_step": seconds,
+        "utilisation": utilisation,
+        "flops_per_token": flops_per_token(config, context),
+        "flop_formula": FLOP_FORMULA,
+        "peak_flops_per_second": peak,
+        "peak_flops_source": source,
+        "peak_bytes": measured,
+        "compiled_bytes": compiled,
+        "estimated_bytes": estimate,
+        "seconds_to_compile": took,
+        "first_and_last_loss": [float(losses[0]), float(losses[-1])],
+    }
+
+
+def _peak_bytes(bench: Bench) -> int | None:
+    return (bench.device.memory_stats() or {}).get("peak_bytes_in_use")
