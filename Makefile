@@ -54,7 +54,7 @@ newest-test:
 # What TPUs' and GPUs' own compilers say; no chip is needed, Linux on x86-64 is. Without optimisations off: programs are
 # compiled as users run them.
 accelerators: build/accelerators/.installed
-	build/accelerators/bin/python -m pytest --accelerators tpu,cuda -m accelerators tests
+	build/accelerators/bin/python -m pytest --accelerators tpu,cuda -m accelerators tests/accelerators
 
 accelerators-quick:
 	bash .ci/accelerators

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from gsa_jax import SPLAT_PRESETS
+from gsa_jax.config import SPLAT_PRESETS
 from gsa_jax.convert import convert
 from gsa_jax.hlo import COLLECTIVES
 from gsa_jax.topology import parse_topology
@@ -81,8 +81,8 @@ MESHES = {
 }
 
 
-@on("v5e:2x4", "h100:8", quick=("v5e:2x4",))
-@pytest.mark.parametrize("mesh", ["mixed", "data", "fsdp", "tensor"])
+@on("v5e:2x4", "h100:8")
+@pytest.mark.parametrize("mesh", [pytest.param("mixed", marks=pytest.mark.quick), "data", "fsdp", "tensor"])
 def test_meshes_of_eight(machine, mesh, hybrid):
     exchanged = compile_step(run(Finetune, hybrid, mesh=MESHES[mesh]), parse_topology(machine)).collective_bytes
     trained = 4 * 2_000_000  # bytes of the float32 gradients; a little more in truth
