@@ -70,6 +70,9 @@ what the driver reports. JAX takes three quarters of it unless `XLA_PYTHON_CLIEN
 KNOWN = ("v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x4", "tpu7x:2x2x1", "h100", "h100:8", "a100", "a100:8")
 """Examples of every kind of name."""
 
+_PROGRAM = "from gsa_jax.topology import _serve; _serve()"
+"""What the process that compiles runs; this module by its own name, by which answers are unpickled."""
+
 _INSTALL = {
     "tpu": "its compiler is missing: pip install 'gsa-jax[tpu-compiler]' (jax[tpu]: the libtpu for this jax)",
     "cuda": "its compiler is missing: pip install 'gsa-jax[gpu-compiler]' (JAX's CUDA plugin and NVIDIA's ptxas)",
@@ -177,10 +180,8 @@ def compile_for(
     """
     _require_compiler(topology)
     request = pickle.dumps((topology, function, arguments))
-    # The path comes first: what the request needs is imported along it.
-    program = "from gsa_jax.topology import _serve; _serve()"
     child = subprocess.run(
-        [sys.executable, "-c", program], input=request, capture_output=True, check=False, env=_environment()
+        [sys.executable, "-c", _PROGRAM], input=request, capture_output=True, check=False, env=_environment()
     )
     said = child.stderr.decode(errors="replace")
     if child.returncode:
