@@ -108,7 +108,8 @@ class Compiled:
     Attributes:
         text: the optimised program, HLO.
         device_kind: what JAX calls the device, e.g. `"TPU v5 lite"`.
-        peak: bytes at the moment at which most are alive.
+        peak: bytes at the moment at which most are alive. On a GPU everything that is allocated for the program:
+            temporaries have their places in one allocation, which is there all the time.
         arguments: bytes of the arguments.
         temporaries: bytes of everything between arguments and results.
         seconds: of compiling, on the machine that compiled.
@@ -302,10 +303,14 @@ def _compile(topology: Topology, function: Callable[..., Any], arguments: Sequen
         return _Refused(" ".join(str(error).split())[:400], time.perf_counter() - begin)
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
+    peak = memory.peak_memory_in_bytes
+    if topology.platform == "cuda":
+        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        peak = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
     return Compiled(
         compiled.as_text(),
         devices[0].device_kind,
-        memory.peak_memory_in_bytes,
+        peak,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         seconds,

@@ -4,7 +4,6 @@ May be changed here: which programs there are. Each function is imported by name
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -18,7 +17,8 @@ from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.ops import Splats, splat_attention
 from gsa_jax.sampling import Greedy
 from gsa_jax.topology import Compiled, compile_for, parse_topology
-from gsa_jax.train.config import MODELS
+from gsa_jax.train.compiled import lower_step
+from gsa_jax.train.config import MODELS, Pretrain
 
 HYBRID_STORY = dataclasses.replace(MODELS["story"], splats=SPLAT_PRESETS["hybrid"])
 """The shape of the bundled model, with splats."""
@@ -125,6 +125,7 @@ def _split(devices: list[Any], config: GPTNeoConfig) -> tuple[Any, Any]:
     return graphdef, on_one_device(devices, params)
 
 
-def example_text() -> Path:
-    """A path that a run is told and a dry run does not read."""
-    return Path("text")
+def lower_pretraining(devices: list[Any], config: Pretrain, model: GPTNeoConfig) -> Any:
+    """The step of a run that trains a model of another shape than those that have names."""
+    MODELS[config.model] = model  # in the process that compiles, and nowhere else
+    return lower_step(devices, config)
