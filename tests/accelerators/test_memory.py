@@ -29,7 +29,7 @@ MESHES = {
 
 @pytest.mark.parametrize("machine", ["v5e:2x4"])
 @pytest.mark.parametrize("mesh", MESHES)
-def test_the_estimate_is_not_below_what_is_compiled(machine, mesh, monkeypatch):
+def test_the_estimate_is_not_below_what_is_compiled(machine, mesh, monkeypatch, standard_promotion):
     monkeypatch.setitem(MODELS, "125M", MODEL)
     paths = dict.fromkeys(("out", "text", "tokenizer"), Path("x"))
     config = Pretrain(**paths, model="125M", dtype="bfloat16", remat=True, batch_size=32, mesh=MESHES[mesh])
