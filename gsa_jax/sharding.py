@@ -39,7 +39,7 @@ _SPECS = {
 """Ends of Hugging Face's tensor names, with weights `[out, in]`; everything else is on every device."""
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of these devices, with axes of these sizes, whose product is the number of devices.
 
     Args:

@@ -10,8 +10,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
-
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.hlo import Program
@@ -90,7 +88,7 @@ def compile_step(config: TrainConfig, topology: Topology) -> StepReport:
     )
 
 
-def lower_step(devices: list[jax.Device], config: TrainConfig) -> Any:
+def lower_step(devices: list[Any], config: TrainConfig) -> Any:
     """The lowered step of a run on these devices, as the loop would compile it; for `compile_for`.
 
     Raises:

@@ -58,7 +58,7 @@ class StepProgram:
         """Where the step is called and lowered."""
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
-    def arguments(self, rows: int, context: int, device: jax.Device | None = None) -> tuple[Any, Any, Any, Any]:
+    def arguments(self, rows: int, context: int, device: Any = None) -> tuple[Any, Any, Any, Any]:
         """Shape and place of everything that a step takes.
 
         Args:
