@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 PYTEST := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-slow lint wheel-test newest-test clean
+.PHONY: demo test test-slow lint wheel-test newest-test accelerators accelerators-quick clean
 
 demo: $(VENV)/.demo
 	rm -rf $(DEMO)
@@ -50,6 +50,22 @@ wheel-test: $(VENV)/.test
 
 newest-test:
 	bash .ci/newest-test
+
+# What TPUs' and GPUs' own compilers say; no chip is needed, Linux on x86-64 is. Without optimisations off: programs are
+# compiled as users run them.
+accelerators: build/accelerators/.installed
+	build/accelerators/bin/python -m pytest --accelerators tpu,cuda -m accelerators tests/accelerators
+
+accelerators-quick:
+	bash .ci/accelerators
+
+build/accelerators/.installed: pyproject.toml
+	rm -rf build/accelerators
+	mkdir -p build
+	$(PYTHON) -m venv build/accelerators
+	build/accelerators/bin/pip install --quiet --editable '.[test-without-pytorch]'
+	build/accelerators/bin/pip install --quiet --editable '.[tpu-compiler,gpu-compiler]'
+	touch $@
 
 clean:
 	rm -rf build dist .jax_cache *.egg-info

@@ -13,7 +13,7 @@ compiled is `gsa_jax.ops.partition`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,14 @@ _SPECS = {
 """Ends of Hugging Face's tensor names, with weights `[out, in]`; everything else is on every device."""
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """The mesh of all devices of all processes, with axes of these sizes, whose product is the number of devices."""
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of these devices, with axes of these sizes, whose product is the number of devices.
+
+    Args:
+        devices: all of all processes if None.
+    """
     axes = tuple(sizes[axis] for axis in MESH_AXES)
-    return jax.make_mesh(axes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return jax.make_mesh(axes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
 def check_mesh(sizes: Mapping[str, int], config: GPTNeoConfig, rows: int) -> None:

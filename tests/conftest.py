@@ -1,5 +1,7 @@
 """Settings and fixtures of all tests, and `--strict-run`: a run in which nothing was left out.
 
+Tests that are marked `accelerators` are deselected but with `--accelerators`, which names the compilers that are there.
+
 May be changed here: what several test files share, and what `make test` refuses to call a success.
 """
 
@@ -38,6 +40,7 @@ jaxtyping.install_import_hook(checked_modules(), "beartype.beartype")
 import gsa_jax
 from gsa_jax.cli import main
 from gsa_jax.convert import convert
+from gsa_jax.topology import parse_topology
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -81,6 +84,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--strict-run", action="store_true", help="fail if a test was skipped or xfailed, or if no parity test passed"
     )
+    parser.addoption(
+        "--accelerators",
+        metavar="PLATFORMS",
+        help="run the tests that compile for accelerators, and of them those for these platforms alone: tpu,cuda",
+    )
     parser.addoption("--without-pytorch", action="store_true", help="leave out the files that import PyTorch")
 
 
@@ -91,6 +99,22 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.getoption("--without-pytorch") and collection_path.suffix == ".py":
         return bool(_NEEDS_PYTORCH.search(collection_path.read_text(encoding="utf-8"))) or None
     return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    platforms = (config.getoption("--accelerators") or "").split(",")
+
+    def left_out(item: pytest.Item) -> bool:
+        if "accelerators" not in item.keywords:
+            return False
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        machine = parameters.get("machine") or parameters.get("case", {}).get("machine")
+        return machine is None or parse_topology(machine).platform not in platforms
+
+    deselected = [item for item in items if left_out(item)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if not left_out(item)]
 
 
 def pytest_configure(config: pytest.Config) -> None:

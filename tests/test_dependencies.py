@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ORDER = [
-    {"errors", "assets", "progress"},
-    {"ops", "config"},
+    {"errors", "assets", "progress", "hlo"},
+    {"ops", "config", "topology"},
     {"layers"},
     {"attention"},
     {"model"},

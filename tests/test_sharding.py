@@ -134,6 +134,8 @@ def test_meshes_and_parts_of_a_batch_share_the_memory() -> None:
     assert (accumulated.ema, whole.ema) == (whole.parameters, 0)
     split = report(small(), rows=8, mesh={"data": 1, "fsdp": 1, "tensor": 4})
     assert whole.activations / 4 < split.activations < whole.activations
+    gathered = report(small(), rows=8, mesh={"data": 1, "fsdp": 2, "tensor": 1})
+    assert gathered.working == whole.working // 2 + 4 * 300 * 64  # the gradient of the embedding, before it is cut
     splats = report(small(), trained=lambda name: ".splat_" in name)
     assert splats.gradients == 4 * (4 * 16 * 16 + 4 * 16)
     assert splats.parameters == whole.parameters

@@ -17,7 +17,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 import math
 import signal
 import threading
@@ -31,8 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from gsa_jax.checkpoint import load_tokenizer, save, tokenizer_files
 from gsa_jax.errors import InputError
@@ -43,10 +41,10 @@ from gsa_jax.train.config import TrainConfig
 from gsa_jax.train.data import row_batches
 from gsa_jax.train.evaluator import Evaluator
 from gsa_jax.train.metrics import MetricsLog, Record
-from gsa_jax.train.optimizer import make_optimizer
+from gsa_jax.train.program import StepProgram
 from gsa_jax.train.recipes import Start, prepare, random_tensors
 from gsa_jax.train.run_folder import MODEL_FOLDER, STEPS_FOLDER, open_run
-from gsa_jax.train.step import State, init_state, make_step
+from gsa_jax.train.step import State
 
 _TIMED_STEPS = 20
 """Over which a speed is averaged."""
@@ -136,15 +134,13 @@ class _Run:
         self._checkpoints = checkpoints
         self._resolved = resolved
         self._report = report
-        self._optimizer = make_optimizer(config.optimizer, config.steps)
+        self._program = StepProgram(config, start, mesh)
         self.step = 0
 
     def restore_or_begin(self) -> None:
         """Parameters and optimiser, from the newest checkpoint or the start."""
         config, start = self._config, self._start
-        begin = functools.partial(init_state, optimizer=self._optimizer, ema_decay=config.optimizer.ema_decay)
-        where, abstract = self._abstract_state(begin)
-        restored = self._checkpoints.restore(abstract)
+        restored = self._checkpoints.restore(self._program.state)
         needed = set(start.shapes)
         if restored is not None and not start.has_teacher:
             needed = {name for name in needed if not start.is_trained(name)}
@@ -156,27 +152,9 @@ class _Run:
             # The trained ones are donated to the first step.
             self._teacher = {**self._frozen, **jax.tree.map(jnp.copy, trained)}
         if restored is None:
-            self.state: State = jax.jit(begin, out_shardings=where, donate_argnums=0)(trained)
+            self.state: State = self._program.begin(trained)
         else:
             self._go_on_from(restored)
-        step = make_step(
-            start.objective,
-            self._optimizer,
-            accumulate=config.optimizer.accumulate,
-            ema_decay=config.optimizer.ema_decay,
-        )
-        whole = None if self._mesh is None else NamedSharding(self._mesh, P())
-        self._make_step = jax.jit(step, donate_argnums=0, out_shardings=None if whole is None else (where, whole))
-
-    def _abstract_state(self, begin: Callable[..., State]) -> tuple[Any, Any]:
-        """The sharding of each array of the state, None without a mesh; and its shape, with that sharding."""
-        start = self._start
-        shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in start.shapes.items()}
-        abstract = jax.eval_shape(begin, {name: shape for name, shape in shapes.items() if start.is_trained(name)})
-        if self._mesh is None:
-            return None, abstract
-        where = shardings(self._mesh, abstract)
-        return where, jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), abstract, where)
 
     def _go_on_from(self, restored: Restored) -> None:
         for line in (*restored.passed_over, f"going on from step {restored.step}"):
@@ -205,11 +183,10 @@ class _Run:
         pending: tuple[int, dict[str, jax.Array]] | None = None
         while self.step < config.steps:
             batch = next(self._data)
-            on_mesh = contextlib.nullcontext()
             if self._mesh is not None:
-                batch, on_mesh = shard_batch(self._mesh, batch), jax.set_mesh(self._mesh)
-            with on_mesh:
-                self.state, metrics = self._make_step(self.state, self._frozen, self._teacher, batch)
+                batch = shard_batch(self._mesh, batch)
+            with self._program.on_mesh():
+                self.state, metrics = self._program.step(self.state, self._frozen, self._teacher, batch)
             self.step += 1
             if pending is not None:  # one step late, so that the devices always have work
                 write(self._train_record(*pending, speed))

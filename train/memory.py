@@ -1,7 +1,8 @@
-"""How much memory a training step takes on each device, from shapes alone: nothing is computed or allocated.
+"""How much memory a training step takes on each device, estimated from shapes: nothing is computed or compiled.
 
-May be changed here: what is counted. Parameters, gradients and optimiser state are exact; activations are what
-differentiation keeps for the backward pass, before the compiler merges or recomputes any of it.
+What a machine's own compiler says is `gsa_jax.train.compiled`. May be changed here: what is counted. Parameters,
+gradients and optimiser state are exact; activations are what differentiation keeps for the backward pass, before the
+compiler merges or recomputes any of it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.model import GPTNeoBlock
-from gsa_jax.parameters import expected_shapes
+from gsa_jax.parameters import TOKEN_EMBEDDING, expected_shapes
 from gsa_jax.sharding import check_mesh, shardings
 from gsa_jax.train.config import MeshConfig
 from gsa_jax.train.objectives import Objective
@@ -43,7 +44,8 @@ class MemoryReport:
             layers are kept, or with remat those of one block and of what is outside of the blocks.
         activations: what the forward pass keeps for the backward pass.
         working: what the backward pass needs at a time besides: the gradient of the logits, or with remat all
-            activations of a block, whichever is larger.
+            activations of a block, whichever is larger; and with `fsdp` the gradient of the token embedding, which is
+            whole on every device until head and input have both added to it.
     """
 
     mesh: Mapping[str, int]
@@ -136,6 +138,7 @@ def memory_reports(
             return total * local_rows
 
         logits = local_rows * context * config.vocab_size * 4
+        embedding = _size(shapes[TOKEN_EMBEDDING]) if mesh["fsdp"] > 1 and trained(TOKEN_EMBEDDING) else 0
         trained_bytes = _bytes_on_device(mesh, moved)
         return MemoryReport(
             mesh=dict(mesh),
@@ -146,7 +149,7 @@ def memory_reports(
             ema=trained_bytes if ema else 0,
             weights=_weights(mesh, shapes, dtype, remat),
             activations=activations(kept),
-            working=max([logits, *map(activations, in_block)]),
+            working=max([logits, *map(activations, in_block)]) + embedding,
         )
 
     return [report(mesh) for mesh in meshes]

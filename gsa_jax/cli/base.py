@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gsa_jax.config import SPLAT_PRESETS, SplatConfig
 from gsa_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.status import Status
 
 PLAIN_WIDTH = 120
 """Columns of a table that is not printed on a terminal."""
@@ -67,8 +69,8 @@ def progress(names: Iterable[str], label: str) -> Iterable[str]:
     return track(names, description=label, console=console, transient=True, disable=not console.is_terminal)
 
 
-def status(label: str) -> AbstractContextManager[object]:
-    """Shows on a terminal that something is going on."""
+def status(label: str) -> Status:
+    """Shows on a terminal that something is going on; its `update` says what now."""
     from rich.console import Console
 
     return Console(stderr=True).status(label)

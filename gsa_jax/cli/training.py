@@ -21,6 +21,7 @@ from gsa_jax.errors import InputError, first_line
 from gsa_jax.train.config import PRESETS, TrainConfig
 
 if TYPE_CHECKING:
+    from gsa_jax.train.compiled import StepReport
     from gsa_jax.train.metrics import Record
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -79,7 +80,9 @@ class Train(Command):
 
     config: tyro.conf.OmitSubcommandPrefixes[_Preset]
     dry_run: bool = False
-    """Only show how much memory each device would need, for this mesh and others."""
+    """Only show how much memory each device would need, estimated from shapes, for this mesh and others."""
+    topology: tuple[str, ...] = ()
+    """With --dry-run: compile the step for these machines instead, which need not be here: v5e:2x4, h100, a100:8."""
     plot: bool = False
     """Draw the loss and the arms into RUN/metrics.svg at the end."""
     distributed: bool = False
@@ -92,8 +95,10 @@ class Train(Command):
     """Which of them this is, from 0."""
 
     def run(self) -> int:
+        if self.topology and not self.dry_run:
+            raise InputError("--topology compiles for a machine that is not here and trains nothing; add --dry-run")
         if self.dry_run:
-            return _show_memory(self.config)
+            return _show_compiled(self.config, self.topology) if self.topology else _show_memory(self.config)
         if self.plot:
             from gsa_jax.train.plot import require_matplotlib
 
@@ -183,7 +188,7 @@ def _show_memory(config: TrainConfig) -> int:
         reports = memory_of_step(config, meshes_like(config.mesh))
     columns = ("parameters", "gradients", "optimizer", "ema", "weights", "activations", "working", "total")
     print_table(
-        f"GiB on each device; {config.batch_size} rows in {config.optimizer.accumulate} parts, {config.dtype}",
+        f"GiB on each device, estimated from shapes; {_batch(config)}",
         ["data x fsdp x tensor", "rows", *columns],
         [
             [" x ".join(map(str, report.mesh.values())), str(report.rows)]
@@ -192,3 +197,59 @@ def _show_memory(config: TrainConfig) -> int:
         ],
     )
     return 0
+
+
+def _show_compiled(config: TrainConfig, names: tuple[str, ...]) -> int:
+    from gsa_jax.train.compiled import compile_step, find_remedy, step_topologies
+
+    reports, remedies = [], []
+    try:
+        for topology in step_topologies(config, names):
+            with status(f"compiling for {topology.name}"):
+                reports.append(compile_step(config, topology))
+            if not reports[-1].fits:
+                with status(f"compiling for {topology.name}, which it does not fit") as shown:
+                    remedy = find_remedy(config, topology, note=lambda text: shown.update(f"compiling with {text}"))
+                found = (
+                    f"fits with {remedy}" if remedy else "fits neither with remat, fsdp, accumulation nor fewer rows"
+                )
+                remedies.append(f"{topology.name}: {found}")
+    finally:  # what was compiled is shown even if the next compiler aborts
+        if reports:
+            _print_compiled(config, reports)
+        print("\n".join(remedies), end="\n" if remedies else "")
+    return 0
+
+
+def _print_compiled(config: TrainConfig, reports: list[StepReport]) -> None:
+    from gsa_jax.hlo import COLLECTIVES
+
+    def row(what: str, value: Callable[[StepReport], str | None]) -> list[str]:
+        return [what, *(value(report) or "" for report in reports)]
+
+    def gib(number: int | None) -> str | None:
+        return None if number is None else f"{number / 2**30:.2f}"
+
+    def exchanged(kind: str) -> Callable[[StepReport], str | None]:
+        return lambda report: f"{report.collective_bytes[kind] / 1e6:,.1f}" if report.collective_bytes else None
+
+    print_table(
+        f"Each device, compiled and not run: a step of {_batch(config)}",
+        ["", *(report.topology.name for report in reports)],
+        [
+            row("data x fsdp x tensor", lambda report: " x ".join(map(str, report.mesh.values()))),
+            row("rows at a time", lambda report: str(report.rows)),
+            row("peak, GiB", lambda report: gib(report.needed)),
+            row("memory, GiB", lambda report: gib(report.topology.memory)),
+            row("verdict", lambda report: "fits" if report.fits else "does not fit"),
+            row("arguments, GiB", lambda report: gib(report.arguments)),
+            row("temporaries, GiB", lambda report: gib(report.temporaries)),
+            *(row(f"{kind}, MB a step", exchanged(kind)) for kind in COLLECTIVES),
+            row("matrix TFLOP a step", lambda r: None if r.matrix_flops is None else f"{r.matrix_flops / 1e12:.3f}"),
+            row("seconds to compile", lambda report: f"{report.seconds:.0f}"),
+        ],
+    )
+
+
+def _batch(config: TrainConfig) -> str:
+    return f"{config.batch_size} rows in {config.optimizer.accumulate} parts, {config.dtype}"
