@@ -194,11 +194,20 @@ class GPTNeoForCausalLM(nnx.Module):
             InputError: a mask has a wrong shape or dtype, or `segment_ids` fall along a row (which can be seen only
                 outside of `jit`).
         """
+        return self._logits(self.hidden_states(input_ids, attention_mask, positions, segment_ids))
+
+    def hidden_states(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: ArrayLike | None = None,
+    ) -> Float[Array, "B T E"]:
+        """What `__call__` makes logits of, with the same arguments; in the dtype of the computation."""
         ids = jnp.asarray(input_ids)
         mask = token_mask(attention_mask, ids.shape)
         segments = None if segment_ids is None else check_segment_ids(segment_ids, ids.shape)
-        hidden_states, _ = self.transformer(ids, mask, segments, positions)
-        return self._logits(hidden_states)
+        return self.transformer(ids, mask, segments, positions)[0]
 
     def prefill(
         self, input_ids: ArrayLike, attention_mask: ArrayLike | None, capacity: int
