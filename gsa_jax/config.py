@@ -100,7 +100,8 @@ class GPTNeoConfig:
         splats: splats attached to the attention, or `None` for the plain model.
         dtype: of the computation, one of `DTYPES`. Not part of a `config.json`, whose `dtype` is that of the stored
             weights; nor is `remat`.
-        remat: recompute each block in the backward pass instead of keeping its activations.
+        remat: recompute each block in the backward pass instead of keeping its activations. Layers that repeat are
+            then one loop, which compiles faster; it copies their parameters, so this is for programs with gradients.
 
     Raises:
         InputError: a field is out of range, or fields contradict one another.
