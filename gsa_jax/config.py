@@ -103,7 +103,8 @@ class GPTNeoConfig:
         splats: splats attached to the attention, or `None` for the plain model.
         dtype: of the computation, one of `DTYPES`. Not part of a `config.json`, whose `dtype` is that of the stored
             weights; nor are the fields after it.
-        remat: recompute each block in the backward pass instead of keeping its activations.
+        remat: recompute each block in the backward pass instead of keeping its activations. Layers that repeat are
+            then one loop, which compiles faster; it copies their parameters, so this is for programs with gradients.
         attention_implementation: what computes exact attention, one of `ATTENTION_IMPLEMENTATIONS`.
 
     Raises:

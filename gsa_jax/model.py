@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.attention import GPTNeoAttention
 from gsa_jax.config import GPTNeoConfig
+from gsa_jax.layer_scan import scan_layers
 from gsa_jax.layers import ACTIVATION_FUNCTIONS, Linear
 from gsa_jax.ops import SplatState, linear
 from gsa_jax.ops.partition import keep_rows_apart, keep_whole
@@ -147,11 +148,17 @@ class GPTNeoModel(nnx.Module):
         def run(block: GPTNeoBlock, hidden_states: jax.Array, state: SplatState | None) -> Any:
             return block(hidden_states, attention_mask, segment_ids, state, capacity=capacity)
 
+        if self.remat and cache is None and capacity is None:
+            # A loop has to write down what a block keeps for the backward pass: with remat, its input and no more.
+
+            def run_again(block: GPTNeoBlock, hidden_states: jax.Array) -> jax.Array:
+                return keep_rows_apart(nnx.remat(run)(block, hidden_states, None)[0])
+
+            return self.ln_f(scan_layers(self.h, run_again, hidden_states)), None
         states = [None] * len(self.h) if cache is None else cache.layers
         following = []
-        run_block = nnx.remat(run) if self.remat else run
         for block, state in zip(self.h, states, strict=True):
-            hidden_states, state = run_block(block, hidden_states, state)
+            hidden_states, state = run(block, hidden_states, state)
             hidden_states = keep_rows_apart(hidden_states)
             following.append(state)
         hidden_states = self.ln_f(hidden_states)
@@ -194,11 +201,20 @@ class GPTNeoForCausalLM(nnx.Module):
             InputError: a mask has a wrong shape or dtype, or `segment_ids` fall along a row (which can be seen only
                 outside of `jit`).
         """
+        return self._logits(self.hidden_states(input_ids, attention_mask, positions, segment_ids))
+
+    def hidden_states(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: ArrayLike | None = None,
+    ) -> Float[Array, "B T E"]:
+        """What `__call__` makes logits of, with the same arguments; in the dtype of the computation."""
         ids = jnp.asarray(input_ids)
         mask = token_mask(attention_mask, ids.shape)
         segments = None if segment_ids is None else check_segment_ids(segment_ids, ids.shape)
-        hidden_states, _ = self.transformer(ids, mask, segments, positions)
-        return self._logits(hidden_states)
+        return self.transformer(ids, mask, segments, positions)[0]
 
     def prefill(
         self, input_ids: ArrayLike, attention_mask: ArrayLike | None, capacity: int

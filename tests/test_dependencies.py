@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     {"errors", "assets", "progress", "hlo"},
     {"ops", "config", "topology"},
-    {"layers"},
+    {"layers", "layer_scan"},
     {"attention"},
     {"model"},
     {"parameters", "files"},

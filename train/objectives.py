@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.attention import GPTNeoSelfAttention
-from gsa_jax.loss import mean_next_token_loss, mean_predicted
+from gsa_jax.loss import Head, blockwise_mean_divergence, blockwise_mean_loss
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.ops.segments import positions_from_mask
 
@@ -31,7 +31,7 @@ def cross_entropy(student: Build) -> Objective:
 
     def objective(params: Tensors, teacher_params: Tensors, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         ids, segments = batch["input_ids"], batch["segment_ids"]
-        return mean_next_token_loss(student(params)(ids, segment_ids=segments), ids, segments > 0), {}
+        return blockwise_mean_loss(_head(student(params), batch), ids, segments > 0), {}
 
     return objective
 
@@ -44,12 +44,9 @@ def prediction_divergence(student: Build, teacher: Build, weight: float | jax.Ar
 
     def objective(params: Tensors, teacher_params: Tensors, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         ids, segments = batch["input_ids"], batch["segment_ids"]
-        logits = student(params)(ids, segment_ids=segments)
-        expected = jax.nn.log_softmax(jax.lax.stop_gradient(teacher(teacher_params)(ids, segment_ids=segments)))
-        divergences = jnp.sum(jnp.exp(expected) * (expected - jax.nn.log_softmax(logits)), axis=-1)
-        divergence = mean_predicted(divergences[:, :-1], segments > 0)
-        loss = mean_next_token_loss(logits, ids, segments > 0)
-        return weight * divergence + (1 - weight) * loss, {"divergence": divergence, "cross_entropy": loss}
+        heads = _head(student(params), batch), _head(teacher(teacher_params), batch)
+        total, divergence, loss = blockwise_mean_divergence(*heads, weight, ids, segments > 0)
+        return total, {"divergence": divergence, "cross_entropy": loss}
 
     return objective
 
@@ -70,6 +67,11 @@ def output_error(student: Build, teacher: Build) -> Objective:
         return sum(errors.values(), jnp.zeros(())) / len(errors), errors
 
     return objective
+
+
+def _head(model: GPTNeoForCausalLM, batch: Batch) -> Head:
+    hidden_states = model.hidden_states(batch["input_ids"], segment_ids=batch["segment_ids"])
+    return Head(hidden_states, model.transformer.wte.embedding[...])
 
 
 def _masks(batch: Batch) -> tuple[Bool[Array, "B T"], Int[Array, "B T"]]:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gsa_jax.errors import InputError
 from gsa_jax.evaluation.arms import NO_WINDOW, Arm, load_arms, rows_at_once
 from gsa_jax.evaluation.intervals import Estimate, bucket_firsts, estimates, sum_by_document
-from gsa_jax.loss import next_token_losses
+from gsa_jax.loss import Head, blockwise_next_token_losses
 from gsa_jax.ops import Window
 from gsa_jax.parameters import PositionExtension, build_model
 from gsa_jax.progress import Progress
@@ -254,7 +254,8 @@ def _losses(
 def _batch_losses(
     graphdef: nnx.GraphDef, params: nnx.State, ids: Int[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T-1"]:
-    return next_token_losses(nnx.merge(graphdef, params)(ids, mask), ids)
+    model = nnx.merge(graphdef, params)
+    return blockwise_next_token_losses(Head(model.hidden_states(ids, mask), model.transformer.wte.embedding[...]), ids)
 
 
 def _batches(mask: Bool[np.ndarray, "N L"], batch_size: int) -> list[tuple[Int[np.ndarray, "B"], int]]:
