@@ -85,7 +85,7 @@ def operation(bench: Bench) -> Iterator[Finding]:
     took = 0.0
     for dtype, lengths in dtypes.items():
         for length in lengths:
-            if bench.left() < 1.3 * took:
+            if took and bench.left() < 1.3 * took:
                 yield {"what": f"{length:,} tokens, {jnp.dtype(dtype).name}", "found": "left out, not enough time"}
                 continue
             started = time.perf_counter()
@@ -96,8 +96,13 @@ def operation(bench: Bench) -> Iterator[Finding]:
             took = time.perf_counter() - started
     for name, ratios in faster.items():
         won = [length for length in sorted(ratios) if all(ratios[x] >= 1 for x in ratios if x >= length)]
-        found = f"no slower from {won[0]:,} tokens on" if won else "slower at every length"
-        yield {"what": f"break-even, {name}", "found": found, "break_even": won[0] if won else None}
+        found = f"no slower from {won[0]:,} tokens on" if won else "slower at the longest"
+        yield {
+            "what": f"break-even, {name}",
+            "found": found if ratios else "nothing was measured",
+            "against": ", ".join(f"{length:,}" for length in sorted(ratios)) + " tokens" if ratios else "",
+            "break_even": won[0] if won else None,
+        }
 
 
 def _at_length(bench: Bench, dtype: Any, length: int) -> Iterator[Finding]:
