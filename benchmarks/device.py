@@ -34,6 +34,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import device_attention
 import device_parity
 import device_speed
 import jax
@@ -80,7 +81,7 @@ PARTS: dict[str, tuple[Part, float, float]] = {
     "gradients": (device_parity.gradients, 30, 8),
     "resume": (device_parity.resume, 40, 15),
     "bounds": (device_speed.bounds, 5, 1),
-    "operation": (device_speed.operation, 60, 10),
+    "operation": (device_attention.operation, 60, 10),
     "decoding": (device_speed.decoding, 60, 6),
     "training": (device_speed.training, 70, 10),
 }
