@@ -24,6 +24,9 @@ from gsa_jax.train.optimizer import make_optimizer
 from gsa_jax.train.recipes import Start
 from gsa_jax.train.step import init_state, make_step
 
+_DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
+"""For GPUs, where sums by atomic additions, and products chosen by timing them, would end in other bits in each run."""
+
 
 class StepProgram:
     """The step of a run on a mesh; without one, on a single device.
@@ -52,7 +55,12 @@ class StepProgram:
         if mesh is not None:
             where, whole = shardings(mesh, state), NamedSharding(mesh, P())
         self.begin: Callable[..., Any] = jax.jit(begin, out_shardings=where, donate_argnums=0)
-        self.step = jax.jit(step, donate_argnums=0, out_shardings=None if mesh is None else (where, whole))
+        self.step = jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=None if mesh is None else (where, whole),
+            compiler_options=_DETERMINISTIC if jax.default_backend() == "gpu" else None,
+        )
 
     def on_mesh(self) -> AbstractContextManager[Any]:
         """Where the step is called and lowered."""

@@ -286,11 +286,9 @@ def _scores(
                 yield arm, multiple, rows, key_scores(graphdef, params, items.prompts[full], items.keys[full])
 
     names = [f"{arm}, {multiple}x, {len(rows)} items" for arm in arms for multiple, rows, _ in batches]
-    # Accelerators would round the factors of a product.
-    with jax.default_matmul_precision("highest"):
-        for _, (arm, multiple, rows, found) in zip(progress(names), results(), strict=True):
-            nats[arm, multiple][rows] = np.asarray(found[0])[: len(rows)]
-            said[arm, multiple][rows] = np.asarray(found[1])[: len(rows)]
+    for _, (arm, multiple, rows, found) in zip(progress(names), results(), strict=True):
+        nats[arm, multiple][rows] = np.asarray(found[0])[: len(rows)]
+        said[arm, multiple][rows] = np.asarray(found[1])[: len(rows)]
     for (arm, _), of_key in nats.items():
         if not np.isfinite(of_key).all():
             raise InputError(f"the {arm} model's log-probabilities are not finite; train, fit or convert it again")

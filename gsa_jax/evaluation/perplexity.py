@@ -240,10 +240,8 @@ def _losses(
                 yield arm, rows, _batch_losses(graphdef, params, *inputs)
 
     names = [f"{arm}, {len(rows)} x {length} tokens" for arm in arms for rows, length in batches]
-    # Accelerators would round the factors of a product.
-    with jax.default_matmul_precision("highest"):
-        for _, (arm, rows, found) in zip(progress(names), results(), strict=True):
-            losses[arm][rows, : found.shape[1]] = whole_on_host(found)[: len(rows)]
+    for _, (arm, rows, found) in zip(progress(names), results(), strict=True):
+        losses[arm][rows, : found.shape[1]] = whole_on_host(found)[: len(rows)]
     for arm, of_arm in losses.items():
         if not np.isfinite(of_arm[text.attention_mask[:, 1:]]).all():
             raise InputError(f"the {arm} model's losses are not finite; train, fit or convert it again")
