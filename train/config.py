@@ -112,6 +112,8 @@ class TrainConfig:
     """Of the computation; parameters and moments are float32."""
     remat: bool = False
     """Recompute blocks in the backward pass, for less memory."""
+    deterministic: bool = True
+    """On a GPU: the same bits in each run, and after each restart, for more time; elsewhere that is so anyway."""
     attention_implementation: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """What computes exact attention: a kernel of the platform in bfloat16 (splash on TPU, cudnn on NVIDIA), or XLA."""
     eval_every: int = 500

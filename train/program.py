@@ -59,7 +59,7 @@ class StepProgram:
             step,
             donate_argnums=0,
             out_shardings=None if mesh is None else (where, whole),
-            compiler_options=_DETERMINISTIC if jax.default_backend() == "gpu" else None,
+            compiler_options=_DETERMINISTIC if config.deterministic and jax.default_backend() == "gpu" else None,
         )
 
     def on_mesh(self) -> AbstractContextManager[Any]:
