@@ -20,6 +20,7 @@ from jax.extend import core
 from jax.sharding import AbstractMesh, NamedSharding
 
 from gsa_jax.config import GPTNeoConfig
+from gsa_jax.loss import BLOCK_BYTES
 from gsa_jax.model import GPTNeoBlock
 from gsa_jax.parameters import TOKEN_EMBEDDING, expected_shapes
 from gsa_jax.sharding import check_mesh, shardings
@@ -43,8 +44,8 @@ class MemoryReport:
         weights: copies of the parameters for the computation, in its dtype and gathered over `fsdp`. Copies of all
             layers are kept, or with remat those of one block and of what is outside of the blocks.
         activations: what the forward pass keeps for the backward pass.
-        working: what the backward pass needs at a time besides: the gradient of the logits, or with remat all
-            activations of a block, whichever is larger; and with `fsdp` the gradient of the token embedding, which is
+        working: what the backward pass needs at a time besides: the logits of a block of tokens, or with remat all
+            activations of a layer, whichever is larger; and with `fsdp` the gradient of the token embedding, which is
             whole on every device until head and input have both added to it.
     """
 
@@ -137,7 +138,8 @@ def memory_reports(
                     total += _size(array) // (mesh["tensor"] if split else 1)
             return total * local_rows
 
-        logits = local_rows * context * config.vocab_size * 4
+        # The loss holds those of a block of tokens, with their exponentials and their gradient.
+        logits = 3 * min(local_rows * context * config.vocab_size * 4 // mesh["tensor"], BLOCK_BYTES)
         embedding = _size(shapes[TOKEN_EMBEDDING]) if mesh["fsdp"] > 1 and trained(TOKEN_EMBEDDING) else 0
         trained_bytes = _bytes_on_device(mesh, moved)
         return MemoryReport(
