@@ -255,7 +255,8 @@ def _group(
     else:
         following, (kv, z) = _advance(following, sums)
         following = dataclasses.replace(following, m=ends)
-    output_of = over(functools.partial(_output, precision=precision), *["head"] * 5, "row", "head", "head")
+    kinds = ("head", "head", "head", "head", "head", "row", "head", "head")
+    output_of = over(functools.partial(_output, precision=precision), *kinds)
     output = output_of(near, top, within, values, factor, reached.goes_on, kv, z)
     output = jnp.swapaxes(output.reshape(*output.shape[:2], length, -1), 1, 2)
     return (following, slots[:, length:], reached.document.reshape(len(left), -1)[:, -1]), output

@@ -98,9 +98,10 @@ def splash(
     block = next(size for size in _BLOCKS if padded % size == 0)
     past = masks.LocalMask((padded, padded), (None if window is None else window - 1, 0), 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks: dict[str, Any] = {f"block_{name}": block for name in names}
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([past] * heads),
-        block_sizes=kernels.BlockSizes(**{f"block_{name}": block for name in names}),
+        block_sizes=kernels.BlockSizes(**blocks),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
@@ -110,7 +111,7 @@ def splash(
         return jnp.swapaxes(jnp.pad(x, [(0, 0), (0, padded - length), (0, 0), (0, 0)]), 1, 2)
 
     segments = jnp.pad(segments, [(0, 0), (0, padded - length)])
-    output = jax.vmap(kernel)(*map(heads_first, (query, key, value)), kernels.SegmentIds(segments, segments))
+    output: Any = jax.vmap(kernel)(*map(heads_first, (query, key, value)), kernels.SegmentIds(segments, segments))
     return jnp.swapaxes(output, 1, 2)[:, :length]
 
 
