@@ -68,7 +68,8 @@ def config_of(attention: str, splats: str | tuple[int, ...] | None) -> GPTNeoCon
         ("glgl", "global", True),
         pytest.param("ggg", None, True, marks=pytest.mark.slow),
         pytest.param("glgl", "all", True, marks=pytest.mark.slow),
-        ("lglglg", (1, 3), True),  # the first four, and two exact ones
+        # The first four, and two exact ones.
+        pytest.param("lglglg", (1, 3), True, marks=pytest.mark.slow),
         pytest.param("gll", (0,), True, marks=pytest.mark.slow),
         pytest.param("gl", "global", False, marks=pytest.mark.slow),
     ],

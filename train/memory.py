@@ -132,8 +132,9 @@ def memory_reports(
             copies = {shape.shape for shape in shapes.values()}
             total = 0
             for array in found:
-                # An array of a parameter's shape is a copy of it, which `weights` counts.
-                if array.shape not in copies:
+                # An array of a parameter's shape is a copy of it, or of those of several layers that run in a loop;
+                # `weights` counts copies.
+                if array.shape not in copies and array.shape[1:] not in copies:
                     split = {config.num_heads, config.mlp_dim} & set(array.shape[1:])
                     total += _size(array) // (mesh["tensor"] if split else 1)
             return total * local_rows

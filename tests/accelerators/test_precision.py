@@ -1,0 +1,79 @@
+"""What compilers make of products: float32 is multiplied as float32, and a 16-bit model pays nothing for that.
+
+May be changed here: which programs are looked at.
+"""
+
+import dataclasses
+import re
+
+import pytest
+
+from gsa_jax.config import SPLAT_PRESETS
+from gsa_jax.convert import convert
+from gsa_jax.topology import compile_for, parse_topology
+from gsa_jax.train.compiled import lower_step
+from gsa_jax.train.config import Finetune, MeshConfig
+from helpers.programs import HYBRID_STORY, OpCase, compiled_text, lower_op, lower_prefill
+
+pytestmark = [pytest.mark.accelerators, pytest.mark.quick]
+
+CASE = OpCase(
+    direction="backward",
+    dtype="float32",
+    rows=2,
+    length=256,
+    heads=2,
+    head_dim=64,
+    num_splats=64,
+    window=64,
+    masks="attention_mask",
+)
+
+
+def products(text: str) -> list[str]:
+    """Lines of matrix products: instructions, or calls of NVIDIA's library."""
+    return [line for line in text.splitlines() if re.search(r" (convolution|dot)\(|custom-call.*gemm", line)]
+
+
+def is_exact(product: str) -> bool:
+    """Whether it multiplies all bits of its operands; how many it has, says their type."""
+    return bool(re.search(r'operand_precision(=\{highest,highest\}|":\["HIGHEST","HIGHEST"\])', product))
+
+
+@pytest.mark.parametrize("machine", ["v5e:1x1", "h100"])
+def test_a_float32_model_multiplies_float32(machine):
+    """Exact attention of local layers, scores, features and sums through splats, projections and the head."""
+    for text in (
+        compiled_text(machine, lower_prefill, HYBRID_STORY, 2, 256),
+        compiled_text(machine, lower_op, CASE),
+    ):
+        found = products(text)
+        assert len(found) > 10
+        assert [product for product in found if not is_exact(product)] == []
+
+
+@pytest.mark.parametrize("machine", ["v5e:1x1", "h100"])
+def test_a_bfloat16_model_takes_fast_products_but_for_exponents(machine):
+    """Log features are exponents: of queries and of keys, in the level way and nowhere else."""
+    forward = dataclasses.replace(CASE, dtype="bfloat16", direction="forward")
+    found = products(compiled_text(machine, lower_op, forward))
+    assert len(found) > 10 and sum(map(is_exact, found)) == 2
+
+
+def test_the_embedding_s_gradient_is_summed_in_float32_and_scattered(story_neo, tmp_path):
+    """Over `fsdp`, each device gets its own part of the float32 sum, as it has of the parameter."""
+    convert(story_neo, tmp_path / "checkpoint", splats=SPLAT_PRESETS["hybrid"])
+    config = Finetune(
+        checkpoint=tmp_path / "checkpoint",
+        out=tmp_path / "run",
+        text=tmp_path / "text",
+        context=256,
+        batch_size=16,
+        dtype="bfloat16",
+        mesh=MeshConfig(fsdp=8),
+    )
+    text = compile_for(parse_topology("h100:8"), lower_step, config).text
+    shape = f"{HYBRID_STORY.vocab_size},{HYBRID_STORY.hidden_size // 8}"
+    assert re.search(rf"f32\[{shape}\]\S* reduce-scatter", text) or re.search(
+        rf"\(.*f32\[{shape}\].*reduce-scatter", text
+    )
