@@ -132,9 +132,10 @@ def memory_reports(
             copies = {shape.shape for shape in shapes.values()}
             total = 0
             for array in found:
-                # An array of a parameter's shape is a copy of it, or of those of several layers that run in a loop;
-                # `weights` counts copies.
-                if array.shape not in copies and array.shape[1:] not in copies:
+                # An array of a parameter's shape is a copy of it, which `weights` counts; so is a stack of them, of
+                # layers that run in a loop. Activations are of one row.
+                stacked = array.shape[1:] in copies and array.shape[0] > 1
+                if array.shape not in copies and not stacked:
                     split = {config.num_heads, config.mlp_dim} & set(array.shape[1:])
                     total += _size(array) // (mesh["tensor"] if split else 1)
             return total * local_rows
