@@ -3,15 +3,14 @@
 May be changed here: names, and what compilers have been seen to say.
 """
 
-import os
 import signal
-import sys
 
 import pytest
 
 from gsa_jax import InputError, topology
 from gsa_jax.topology import CompilerAborted, DoesNotFit, compile_for, parse_topology
 from helpers.covering import covering, pairs
+from helpers.mishaps import TOO_LARGE, TooLarge, Unsupported, dies, is_wrong, lowered, refuses
 
 # Of libtpu 0.0.42, shortened.
 ABORT = """Failed to find host bounds for accelerator type: WARNING: could not determine TPU accelerator type
@@ -21,7 +20,6 @@ dynamic_base_bounds: ()
     @     0x7fe24569bc54  absl::log_internal::LogMessage::SendToLog()
 E1126 00:39:22.717616   24628 coredump_hook.cc:310] RAW: Remote crash data gathering hook invoked.
 """
-TOO_LARGE = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.25G of 15.75G hbm. Exceeded by 2.50G."
 
 
 @pytest.mark.parametrize(
@@ -51,20 +49,6 @@ def test_an_unknown_machine_is_refused_and_the_known_ones_are_listed(name):
     with pytest.raises(InputError, match="unknown") as error:
         parse_topology(name)
     assert all(known in str(error.value) for known in ("v5e:2x4", "tpu7x:2x2x1", "h100:8", "a100"))
-
-
-def dies(devices, said, code):
-    sys.stderr.write(said)
-    sys.stderr.flush()
-    os.kill(os.getpid(), code)
-
-
-def refuses(devices):
-    raise InputError("no such run")
-
-
-def is_wrong(devices):
-    return devices[len(devices)]
 
 
 @pytest.fixture
@@ -97,24 +81,6 @@ def test_what_the_program_raises_is_raised_here(no_compiler_needed):
         compile_for(parse_topology("v5e:1x1"), refuses)
     with pytest.raises(RuntimeError, match="IndexError"):
         compile_for(parse_topology("v5e:1x1"), is_wrong)
-
-
-class TooLarge:
-    def compile(self, compiler_options):
-        import jax
-
-        raise jax.errors.JaxRuntimeError(TOO_LARGE)
-
-
-class Unsupported:
-    def compile(self, compiler_options):
-        import jax
-
-        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: not on\nthis chip")
-
-
-def lowered(devices, kind):
-    return kind()
 
 
 def test_too_little_memory_is_a_verdict_and_other_refusals_are_errors(no_compiler_needed):
