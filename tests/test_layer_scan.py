@@ -65,8 +65,8 @@ def config_of(attention: str, splats: str | tuple[int, ...] | None) -> GPTNeoCon
 @pytest.mark.parametrize(
     ("attention", "splats", "has_loop"),
     [
-        ("glgl", "global", True),
-        pytest.param("ggg", None, True, marks=pytest.mark.slow),
+        pytest.param("glgl", "global", True, marks=pytest.mark.slow),
+        ("ggg", None, True),
         pytest.param("glgl", "all", True, marks=pytest.mark.slow),
         # The first four, and two exact ones.
         pytest.param("lglglg", (1, 3), True, marks=pytest.mark.slow),

@@ -114,13 +114,18 @@ def chunked(
     batch, length, heads, _ = query.shape
     window = state.key.shape[2]
 
-    def scan(schedule: Schedule) -> Callable[..., tuple[jax.Array, SplatState]]:
+    def sizes(schedule: Schedule) -> tuple[int, int]:
         size = min(chunk_size or min(max(window, schedule.chunk), _MAX_CHUNK), length)
         at_once = chunks_at_once or max(schedule.scores // (batch * heads * size * (window + size)), 1)
-        return functools.partial(_scan, size=size, at_once=at_once)
+        return size, min(at_once, -(-length // size))
 
-    ways = {platform: scan(schedule) for platform, schedule in _SCHEDULES.items()}
-    return jax.lax.platform_dependent(query, key, value, segments, splats, state, **ways)
+    ways = {platform: sizes(schedule) for platform, schedule in _SCHEDULES.items()}
+    arguments = query, key, value, segments, splats, state
+    if len(set(ways.values())) == 1:  # short texts: one program to trace instead of one for each platform
+        size, at_once = ways["default"]
+        return _scan(*arguments, size=size, at_once=at_once)
+    scans = {name: functools.partial(_scan, size=size, at_once=at_once) for name, (size, at_once) in ways.items()}
+    return jax.lax.platform_dependent(*arguments, **scans)
 
 
 def _scan(

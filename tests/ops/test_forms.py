@@ -150,7 +150,7 @@ def test_bfloat16_inputs_are_computed_in_float32(implementation: str) -> None:
 def test_sizes_of_chunks_and_groups_do_not_matter(window: int) -> None:
     case = draw(LENGTH, SPLATS, pads=0.1, optional=True)
     want = compiled_gradients(window, "reference")(case)
-    for sizes in ((5, 2), (5, 100), (100, 1)):
+    for sizes in ((5, 2),) if window == WINDOW else ((5, 2), (5, 100), (100, 1)):
         assert_close(compiled_gradients(window, "chunked", *sizes)(case), want, 2e-5)
     for sizes in ((1, 7), (16, 1), (16, 2), (32, 1)):
         assert_close(compiled(window, "chunked", *sizes)(case), want[0], 1e-5)
@@ -170,6 +170,7 @@ def test_platforms_have_sizes_of_their_own() -> None:
     assert 16 in trips["cpu"] and 8 in trips["tpu"] and 16 not in trips["tpu"] and not {8, 16} & trips["cuda"]
 
 
+@pytest.mark.slow
 def test_the_gradient_by_the_maximum_of_a_given_state() -> None:
     """What a state holds counts as `exp(m)` times its sums, so that sums and maximum can be traded for one another."""
     case = draw(LENGTH, SPLATS, optional=True)
