@@ -18,6 +18,7 @@ from device_bench import Bench, Finding, concurrently, normal, seconds_per_call
 
 from gsa_jax.errors import first_line
 from gsa_jax.ops import Splats, splat_attention
+from gsa_jax.ops.flash import splash
 
 HEADS, HEAD_DIM, NUM_SPLATS, WINDOW = 12, 64, 64, 64
 PASSES = ("forward", "forward + backward")
@@ -43,25 +44,10 @@ def _product_attention(implementation: Literal["xla", "cudnn"]) -> Attention:
     return attention
 
 
-def splash_attention(query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """JAX's own flash attention for TPU, causal and unscaled; arrays `[B, T, H, D]`."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    length, heads = query.shape[1:3]
-    block = min(512, length)
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    sizes = kernel.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
-    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
-    attend = kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-    output: Any = jax.vmap(attend)(*(x.swapaxes(1, 2) for x in (query, key, value)))
-    return output.swapaxes(1, 2)
-
-
 def best_exact(platform: str, dtype: Any) -> tuple[str, Attention] | None:
     """The platform's fastest exact attention; None where that is ours."""
     if platform == "tpu":
-        return "splash attention", lambda query, key, value, splats: splash_attention(query, key, value)
+        return "splash attention", lambda query, key, value, splats: splash(query, key, value, None, window=None)
     if platform == "cpu":
         return "exact (jax.nn, XLA)", _product_attention("xla")
     return ("flash attention (cuDNN)", _product_attention("cudnn")) if dtype == jnp.bfloat16 else None

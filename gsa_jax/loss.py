@@ -16,7 +16,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.ops.partition import BATCH, MESH_AXES, keep_whole, per_rows_and_heads
+from gsa_jax.ops.partition import BATCH, keep_whole, on_mesh, per_rows_and_heads
 from gsa_jax.ops.precision import precision_of
 
 BLOCK_BYTES = 2**27
@@ -36,8 +36,7 @@ def mean_next_token_loss(
 ) -> Float[Array, ""]:
     """Mean of `next_token_losses` over the tokens that are real and follow a real token."""
     counted = attention_mask[:, 1:] & attention_mask[:, :-1]
-    losses = next_token_losses(logits, input_ids)
-    return jnp.sum(jnp.where(counted, losses, 0)) / jnp.maximum(jnp.sum(counted, dtype=losses.dtype), 1)
+    return jnp.sum(jnp.where(counted, next_token_losses(logits, input_ids), 0)) / _count(counted)
 
 
 class Head(NamedTuple):
@@ -103,7 +102,7 @@ def _following(
     return jnp.pad(input_ids[:, 1:], end), jnp.pad(attention_mask[:, 1:] & attention_mask[:, :-1], end)
 
 
-def _count(counted: Bool[Array, "B T"]) -> Float[Array, ""]:
+def _count(counted: Bool[Array, "B P"]) -> Float[Array, ""]:
     return jnp.maximum(jnp.sum(counted, dtype=jnp.float32), 1)
 
 
@@ -158,8 +157,8 @@ def _in_blocks(
     differentiate: bool,
 ) -> _Found:
     """On a mesh, each device has its own rows and, along `tensor`, its own part of the vocabulary."""
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = mesh.shape.get("tensor", 1)
+    is_on_mesh = on_mesh()
+    parts = jax.sharding.get_abstract_mesh().shape["tensor"] if is_on_mesh else 1
     vocab_size = student.embedding.shape[0]
 
     def whole(head: Head) -> Head:
@@ -172,7 +171,7 @@ def _in_blocks(
         offset = 0 if parts == 1 else jax.lax.axis_index("tensor") * student.embedding.shape[0]
         vocabulary = _Vocabulary(vocab_size, offset, parts > 1)
         found = _over_blocks(vocabulary, student, teacher, weight, targets, counted, differentiate)
-        if found.gradients is None or not set(MESH_AXES) <= set(mesh.axis_names):
+        if found.gradients is None or not is_on_mesh:
             return found
         # Summed in float32, once, and each device gets its own part, as it has of the parameter.
         hidden_states, embedding = found.gradients

@@ -274,12 +274,11 @@ def _serve() -> None:
     """The process that compiles: a request on stdin, an answer on stdout, words on stderr."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # so that nothing else is said on stdout
-    topology, function, arguments = pickle.load(sys.stdin.buffer)
     try:
-        answer = _compile(topology, function, arguments)
+        answer = _compile(*pickle.load(sys.stdin.buffer))
     except InputError as error:
         answer = InputError(str(error))
-    except Exception:
+    except Exception:  # of whatever class: the process that asked raises it again, with this traceback
         answer = traceback.format_exc()
     _send(answers, answer)
 

@@ -43,9 +43,7 @@ class StepProgram:
         self._start = start
         self._mesh = mesh
         begin = functools.partial(init_state, optimizer=optimizer, ema_decay=ema_decay)
-        step = make_step(
-            start.objective, optimizer, accumulate=config.optimizer.accumulate, ema_decay=config.optimizer.ema_decay
-        )
+        step = make_step(start.objective, optimizer, accumulate=config.optimizer.accumulate, ema_decay=ema_decay)
         shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in start.shapes.items()}
         self._trained = {name: shape for name, shape in shapes.items() if start.is_trained(name)}
         self._frozen = {name: shape for name, shape in shapes.items() if name not in self._trained}

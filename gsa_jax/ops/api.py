@@ -9,7 +9,6 @@ import functools
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
@@ -33,6 +32,7 @@ from gsa_jax.ops.state import (
     init_splat_state,
     per_head,
     roll_window,
+    without_paddings,
 )
 
 Implementation = Literal["reference", "chunked", "recurrent"]
@@ -123,13 +123,12 @@ def splat_attention(
     has_state = window != "all" and not packed
 
     sizes = chunk_size, chunks_at_once
-
+    empty = functools.partial(init_splat_state, splats, batch, size, key.dtype)
     holds_everything = size >= length
     if implementation == "chunked" and initial_state is None and (holds_everything or not splats.centers.shape[1]):
-        before = init_splat_state(splats, batch, size, key.dtype)
 
         def through_chunks(*arguments: jax.Array) -> jax.Array:
-            return _run("chunked", *sizes)(*arguments, splats, before)[0].astype(value.dtype)
+            return _run("chunked", *sizes)(*arguments, splats, empty())[0].astype(value.dtype)
 
         output = exact_attention(
             causal_attention if holds_everything else through_chunks,
@@ -141,21 +140,17 @@ def splat_attention(
             implementation=attention_implementation,
         )
         if not holds_everything:
-            output = _without_padding(output, segments)
+            output = without_paddings(output, segments)
         if not has_state:
             return output, None
-        return output, roll_window(append_to_windows(before, key, value, segments), length)
+        return output, roll_window(append_to_windows(empty(), key, value, segments), length)
 
-    state = init_splat_state(splats, batch, size, key.dtype)
+    state = empty()
     if initial_state is not None:
         _check_state(initial_state, state)
         state = initial_state
     output, state = _run(implementation, *sizes)(query, key, value, segments, splats, state)
-    return _without_padding(output.astype(value.dtype), segments), state if has_state else None
-
-
-def _without_padding(output: jax.Array, segments: jax.Array) -> jax.Array:
-    return jnp.where((segments != 0)[:, :, None, None], output, 0)
+    return without_paddings(output.astype(value.dtype), segments), state if has_state else None
 
 
 def _run(implementation: Implementation, chunk_size: int | None, chunks_at_once: int | None) -> Any:

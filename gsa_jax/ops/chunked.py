@@ -34,7 +34,7 @@ from gsa_jax.ops.state import (
     query_features,
     sums_dtype,
     weighted_mean,
-    without_padding,
+    without_paddings,
 )
 from gsa_jax.ops.steep import STEEP, level_weights, steep_weights
 
@@ -91,9 +91,8 @@ class Sums(NamedTuple):
     z: Float[Array, "*BHG S"]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("chunk_size", "chunks_at_once")
-)  # without an outer jit, each call would compile its scan
+# Without an outer jit, each call would compile its scan.
+@functools.partial(jax.jit, static_argnames=("chunk_size", "chunks_at_once"))
 def chunked(
     query: Float[Array, "B T H D"],
     key: Float[Array, "B T H D"],
@@ -208,7 +207,7 @@ def _group(
         x = jnp.concatenate([before, x])
         return _overlapping(x, window, size) if several else x
 
-    query, key, value = (per_head(without_padding, (1, None), (0, 0), 1)(x, segments) for x in (query, key, value))
+    query, key, value = (without_paddings(x, segments) for x in (query, key, value))
     following = append_to_windows(state, key, value, segments)
     slots = jnp.concatenate([window_segments, segments], axis=1)
     left = cut(jnp.where(exists, slots[:, :length], 0))

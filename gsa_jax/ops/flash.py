@@ -47,48 +47,44 @@ def exact_attention(
     Raises:
         InputError: a kernel is named that does not take the inputs' dtype, or is not on this machine.
     """
-    narrow = jnp.finfo(query.dtype).bits < 32
     if implementation not in get_args(AttentionImplementation):
         raise InputError(
             f"attention_implementation = {implementation!r}: take {', '.join(get_args(AttentionImplementation))}"
         )
-    if implementation in ("splash", "cudnn") and not narrow:
+    # cuDNN can only be asked for where it is; a program for a GPU that is compiled elsewhere has our own attention.
+    has_gpu = jax.default_backend() == "gpu"
+    is_narrow = jnp.finfo(query.dtype).bits < 32
+    if implementation == "xla" or (implementation == "auto" and not is_narrow):
+        return ours(query, key, value, segments)
+    if not is_narrow:
         raise InputError(
             f"attention_implementation = {implementation!r} computes in 16 bits, and the inputs are {query.dtype}; "
             "take 'xla', or compute in bfloat16"
         )
-    if implementation == "cudnn" and not _has_gpu():
+    if implementation == "cudnn" and not has_gpu:
         raise InputError("attention_implementation = 'cudnn' needs an NVIDIA GPU, and JAX finds none; take 'auto'")
-    arguments = query, key, value, segments
-    tokens = TOKENS_AND_HEADS
-    on_device = functools.partial(per_rows_and_heads, in_specs=(tokens, tokens, tokens, BATCH), out_specs=tokens)
-    by_splash = on_device(functools.partial(splash, window=window))
-    by_cudnn = on_device(functools.partial(_cudnn, window=window))
-    if implementation == "splash":
-        return by_splash(*arguments)
-    if implementation == "cudnn":
-        return by_cudnn(*arguments)
-    if implementation == "xla" or not narrow:
-        return ours(*arguments)
-    # cuDNN can only be asked for where it is; a program for a GPU that is compiled elsewhere has our own attention.
-    kernels: dict[str, Any] = {"tpu": by_splash, **({"cuda": by_cudnn} if _has_gpu() else {})}
-    return jax.lax.platform_dependent(*arguments, **kernels, default=ours)
 
+    def on_device(kernel: Callable[..., jax.Array]) -> Attend:
+        tokens = TOKENS_AND_HEADS
+        return per_rows_and_heads(functools.partial(kernel, window=window), (tokens, tokens, tokens, BATCH), tokens)
 
-def _has_gpu() -> bool:
-    return jax.default_backend() == "gpu"
+    kernels = {"splash": on_device(splash), "cudnn": on_device(_cudnn)}
+    if implementation != "auto":
+        return kernels[implementation](query, key, value, segments)
+    platforms = {"tpu": kernels["splash"], **({"cuda": kernels["cudnn"]} if has_gpu else {})}
+    return jax.lax.platform_dependent(query, key, value, segments, **platforms, default=ours)
 
 
 def splash(
     query: Float[Array, "B T H D"],
     key: Float[Array, "B T H D"],
     value: Float[Array, "B T H D"],
-    segments: Int[Array, "B T"],
+    segments: Int[Array, "B T"] | None,
     *,
     window: int | None,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
-    """JAX's splash attention, on a TPU or interpreted on any platform."""
+    """JAX's splash attention, on a TPU or interpreted on any platform; one document without padding if None."""
     # Imported here, because loading Pallas takes a second that most programs need not wait.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -110,8 +106,11 @@ def splash(
     def heads_first(x: jax.Array) -> jax.Array:
         return jnp.swapaxes(jnp.pad(x, [(0, 0), (0, padded - length), (0, 0), (0, 0)]), 1, 2)
 
-    segments = jnp.pad(segments, [(0, 0), (0, padded - length)])
-    output: Any = jax.vmap(kernel)(*map(heads_first, (query, key, value)), kernels.SegmentIds(segments, segments))
+    arguments: list[Any] = [heads_first(x) for x in (query, key, value)]
+    if segments is not None:
+        segments = jnp.pad(segments, [(0, 0), (0, padded - length)])
+        arguments.append(kernels.SegmentIds(segments, segments))
+    output: Any = jax.vmap(kernel)(*arguments)
     return jnp.swapaxes(output, 1, 2)[:, :length]
 
 

@@ -32,12 +32,12 @@ def keep_rows_apart(x: Array) -> Array:
     For the hidden states between blocks: each device then gathers the weights of a block and keeps its own rows.
     Without this, the compiler gathers rows instead, and adds up partial logits of the whole batch.
     """
-    return jax.lax.with_sharding_constraint(x, BATCH) if _on_mesh() else x
+    return jax.lax.with_sharding_constraint(x, BATCH) if on_mesh() else x
 
 
 def keep_whole(x: Array) -> Array:
     """Tells the compiler that every device has all of this array."""
-    return jax.lax.with_sharding_constraint(x, P()) if _on_mesh() else x
+    return jax.lax.with_sharding_constraint(x, P()) if on_mesh() else x
 
 
 def per_rows_and_heads(function: Callable[..., R], in_specs: Any, out_specs: Any) -> Callable[..., R]:
@@ -46,11 +46,12 @@ def per_rows_and_heads(function: Callable[..., R], in_specs: Any, out_specs: Any
     Without this, the compiler makes devices agree on a branch, and adds up gradients of what they share, at every step
     of a loop.
     """
-    if not _on_mesh():
+    if not on_mesh():
         return function
     # With `check_vma`, gradients of what is shared would be added up at each use of it, inside of loops.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _on_mesh() -> bool:
+def on_mesh() -> bool:
+    """Whether a program is being made for a mesh."""
     return set(MESH_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names)

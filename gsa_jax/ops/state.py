@@ -182,6 +182,10 @@ append_to_windows = per_head(
 """`append_to_window` of a state `[B, H, ...]` and tokens `[B, T, H, D]`."""
 
 
+without_paddings = per_head(without_padding, (1, None), (0, 0), 1)
+"""`without_padding` of tokens `[B, T, H, D]` and segments `[B, T]`."""
+
+
 def exp_relative(x: Array) -> Array:
     """`exp(x)` of scores relative to their maximum: finite however x was rounded, and its derivative is its value.
 
