@@ -4,9 +4,8 @@ Tokens are cut into chunks. What a chunk needs of its own tokens (features, scor
 computed for a group of chunks at once, in large products; only maxima and sums of the state go from chunk to chunk. A
 scan over groups carries the state.
 
-May be changed here: how a chunk and a group are computed, and how large they are on each platform (`_SCHEDULES`).
-Functions work on one chunk of one head of one row, or say that they take all G chunks of a group; `_group` decides what
-all heads and rows must do alike.
+May be changed here: how large chunks and groups are on each platform (`_SCHEDULES`), what goes from chunk to chunk, and
+what all heads and rows must do alike (`_group`). What a chunk computes is `gsa_jax.ops.chunk`.
 """
 
 import dataclasses
@@ -16,10 +15,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from gsa_jax.ops import chunk
 from gsa_jax.ops.precision import precision_of
-from gsa_jax.ops.segments import Reached, reached_by, visible
+from gsa_jax.ops.segments import Reached, reached_by
 from gsa_jax.ops.state import (
     FLOOR,
     STATE_HEADS,
@@ -29,11 +29,7 @@ from gsa_jax.ops.state import (
     append_to_windows,
     compensated,
     exp_relative,
-    key_features,
     per_head,
-    query_features,
-    sums_dtype,
-    weighted_mean,
     without_paddings,
 )
 from gsa_jax.ops.steep import STEEP, level_weights, steep_weights
@@ -58,37 +54,6 @@ bound by launches, 1,422 for 2,048 tokens in chunks of 64 one by one and 147 at 
 at once take 0.67 of the time of one by one, and 0.54 with backward."""
 
 _MAX_CHUNK = 256
-
-
-class Factors(NamedTuple):
-    """Log features of queries and of the keys that leave the window, relative to a base.
-
-    The base of a document is a maximum that all of its tokens in the chunk have seen: that of the keys before the
-    chunk, or else the feature of the document's first key.
-
-    Attributes:
-        read: a query's log features plus the base; -inf where no far key can be read.
-        add: a key's log features less the base; -inf where there is no key.
-        last: base of the last document, the only one that can have readers to come.
-    """
-
-    read: Float[Array, "*BHG C S"]
-    add: Float[Array, "*BHG C S"]
-    last: Float[Array, "*BHG S"]
-
-
-class Sums(NamedTuple):
-    """What a chunk does to the sums of the state.
-
-    Attributes:
-        kept: the factor of the sums before the chunk.
-        kv: sum of `exp(f - m) value` over the chunk's keys, of the document that keys have reached at its end.
-        z: sum of `exp(f - m)`.
-    """
-
-    kept: Float[Array, "*BHG S"]
-    kv: Float[Array, "*BHG S D"]
-    z: Float[Array, "*BHG S"]
 
 
 # Without an outer jit, each call would compile its scan.
@@ -215,18 +180,18 @@ def _group(
     keys, values = (per_head(at_hand, (1, 0), (0, 0))(*x) for x in ((key, state.key), (value, state.value)))
     query, segments, key_segments = cut(query), cut(segments), jax.vmap(at_hand)(segments, window_segments)
 
-    queries, features = over(_features, "token", "head", "row", "splats")(query, keys, left, splats)
+    queries, features = over(chunk.features, "token", "head", "row", "splats")(query, keys, left, splats)
     starts, ends = jax.lax.stop_gradient(state.m), None
     if several:
         starts, ends = per_head(_maxima, (0, None, 0), (0, 0, 0))(features, reached, starts)
     known = jnp.any(state.m > FLOOR, axis=(1, 2)).reshape(-1, *[1] * (left.ndim - 1))
     begins = jnp.any(reached.has_key & ~(reached.goes_on & known))
-    factors_of = functools.partial(_factors, begins=begins)
+    factors_of = functools.partial(chunk.factors, begins=begins)
     factors = over(factors_of, "head", "head", "row", "row", "head")(queries, features, segments, reached, starts)
-    near, near_top = over(_near, "token", "head", "row", "row")(query, keys, segments, key_segments)
+    near, near_top = over(chunk.near, "token", "head", "row", "row")(query, keys, segments, key_segments)
 
     precision = precision_of(query.dtype)
-    arguments = factors.read, factors.add, near_top, over(_causal, "row")(reached.document), reached.document
+    arguments = factors.read, factors.add, near_top, over(chunk.causal, "row")(reached.document), reached.document
     kinds: tuple[Kind, ...] = ("head", "head", "head", "row", "row")
     level, any_way = (functools.partial(way, precision=precision) for way in (level_weights, steep_weights))
     # Decided once for all heads and rows: under `vmap`, one condition for each would compute both branches.
@@ -249,8 +214,8 @@ def _group(
         top, factor, within = over(level, *kinds)(*arguments)
 
     if ends is None:
-        ends = over(_end, "head", "row", "head")(factors, reached, starts)
-    sums_of = over(functools.partial(_sums, precision=precision), "head", "head", "row", "head", "head")
+        ends = over(chunk.end, "head", "row", "head")(factors, reached, starts)
+    sums_of = over(functools.partial(chunk.sums, precision=precision), "head", "head", "row", "head", "head")
     sums = sums_of(values, factors, reached, starts, ends)
     if several:
         carry = per_head(_carry, (STATE_HEADS, 0), (STATE_ROWS, 0), (STATE_HEADS, 0), (STATE_ROWS, 0))
@@ -260,7 +225,7 @@ def _group(
         following, (kv, z) = _advance(following, sums)
         following = dataclasses.replace(following, m=ends)
     kinds = ("head", "head", "head", "head", "head", "row", "head", "head")
-    output_of = over(functools.partial(_output, precision=precision), *kinds)
+    output_of = over(functools.partial(chunk.output, precision=precision), *kinds)
     output = output_of(near, top, within, values, factor, reached.goes_on, kv, z)
     output = jnp.swapaxes(output.reshape(*output.shape[:2], length, -1), 1, 2)
     return (following, slots[:, length:], reached.document.reshape(len(left), -1)[:, -1]), output
@@ -280,28 +245,6 @@ def _documents_before(left: Int[Array, "B G C"], document: Int[Array, "B"]) -> I
     """The document that the keys before each chunk have reached."""
     ends = jnp.maximum(jax.lax.cummax(jnp.max(left, axis=2), axis=1), document[:, None])
     return jnp.concatenate([document[:, None], ends[:, :-1]], axis=1)
-
-
-def _causal(document: Int[Array, "C"]) -> Bool[Array, "C C"]:
-    """Whether a token may read the key that leaves the window at another slot."""
-    return jnp.tril(jnp.ones((len(document), len(document)), bool)) & (document[:, None] == document)
-
-
-def _features(
-    query: Float[Array, "C D"], keys: Float[Array, "K D"], left: Int[Array, "C"], splats: Splats
-) -> tuple[Float[Array, "C S"], Float[Array, "C S"]]:
-    """Log features of queries, and of the keys that leave the window; -inf where none leaves."""
-    dtype = sums_dtype(query.dtype)
-    leaving = keys[: len(left)].astype(dtype)
-    return query_features(splats, query.astype(dtype)), key_features(splats, leaving, left != 0)
-
-
-def _end(factors: Factors, reached: Reached, start: Float[Array, "S"]) -> Float[Array, "S"]:
-    """The maximum of the keys' features at the end of a chunk, of the document reached there."""
-    of_last = reached.document == reached.document[-1]
-    added = jnp.where(of_last[:, None], factors.add, -jnp.inf)
-    before = jnp.where(reached.goes_on[-1], start, FLOOR)
-    return jnp.maximum(before, factors.last + jax.lax.stop_gradient(jnp.max(added, axis=0, initial=-jnp.inf)))
 
 
 def _maxima(
@@ -324,91 +267,13 @@ def _maxima(
     return jnp.concatenate([m[None], maxima[:-1]]), maxima
 
 
-def _factors(
-    queries: Float[Array, "C S"],
-    features: Float[Array, "C S"],
-    segments: Int[Array, "C"],
-    reached: Reached,
-    start: Float[Array, "S"],
-    *,
-    begins: Bool[Array, ""],
-) -> Factors:
-    """The factors of a chunk.
-
-    Args:
-        start: the maximum before the chunk.
-        begins: whether any document takes the feature of its first key as its base.
-    """
-    base = jnp.where(reached.goes_on[:, None], start, FLOOR)
-
-    def with_openings() -> jax.Array:
-        opening = jax.lax.stop_gradient(features)[reached.first]
-        opening = jnp.where(reached.has_key[:, None], opening, FLOOR)
-        return jnp.where(base > FLOOR, base, opening)
-
-    base = jax.lax.cond(begins, with_openings, lambda: base)
-    reads = (base > FLOOR) & (reached.document == segments)[:, None]
-    return Factors(jnp.where(reads, queries + base, -jnp.inf), features - base, base[-1])
-
-
-def _near(
-    query: Float[Array, "C D"], keys: Float[Array, "K D"], segments: Int[Array, "C"], key_segments: Int[Array, "K"]
-) -> tuple[Float[Array, "C K"], Float[Array, "C"]]:
-    """Exact scores, and the maximum of each row. Of the K = W + C keys at hand, token t sees t < j <= t + W exactly."""
-    dtype = sums_dtype(query.dtype)
-    offset = jnp.arange(len(keys)) - jnp.arange(len(query))[:, None]
-    exactly = (offset > 0) & (offset <= len(keys) - len(query)) & visible(segments, key_segments)
-    scores = jnp.matmul(query.astype(dtype), keys.astype(dtype).T, precision=precision_of(query.dtype))
-    near = jnp.where(exactly, scores, -jnp.inf)
-    return near, jax.lax.stop_gradient(jnp.max(near, axis=-1, initial=FLOOR))
-
-
-def _output(
-    near: Float[Array, "C K"],
-    top: Float[Array, "C"],
-    within: Float[Array, "C C"],
-    values: Float[Array, "K D"],
-    factor: Float[Array, "C S"],
-    goes_on: Bool[Array, "C"],
-    kv: Float[Array, "S D"],
-    z: Float[Array, "S"],
-    *,
-    precision: jax.lax.Precision,
-) -> Float[Array, "C D"]:
-    """Outputs from near keys, from the chunk's own keys through the splats, and from the sums before the chunk."""
-    dot = functools.partial(jnp.matmul, precision=precision)
-    weights = jnp.exp(near - top[:, None]) + jnp.pad(within, [(0, 0), (0, len(values) - len(within))])
-    numerator = dot(weights, values.astype(kv.dtype)) + jnp.where(goes_on[:, None], dot(factor, kv), 0)
-    denominator = jnp.sum(weights, axis=-1) + jnp.where(goes_on, dot(factor, z), 0)
-    return weighted_mean(numerator, denominator)
-
-
-def _sums(
-    values: Float[Array, "K D"],
-    factors: Factors,
-    reached: Reached,
-    start: Float[Array, "S"],
-    end: Float[Array, "S"],
-    *,
-    precision: jax.lax.Precision,
-) -> Sums:
-    """What the chunk does to the sums: the keys that leave the window during it are added."""
-    of_last = reached.document == reached.document[-1]
-    added = jnp.where(of_last[:, None], factors.add, -jnp.inf)
-    added = exp_relative(added + (factors.last - end))
-    # The factor exp(FLOOR - m) = 0 removes sums of another document; before the first key, all sums are 0 anyway.
-    kept = exp_relative(jnp.where(reached.goes_on[-1], start, FLOOR) - end)
-    leaving = values[: len(added)].astype(added.dtype)
-    return Sums(kept, jnp.matmul(added.T, leaving, precision=precision), jnp.sum(added, axis=0))
-
-
-def _advance(state: SplatState, sums: Sums) -> tuple[SplatState, tuple[jax.Array, jax.Array]]:
+def _advance(state: SplatState, sums: chunk.Sums) -> tuple[SplatState, tuple[jax.Array, jax.Array]]:
     """The sums after a chunk, and those before it; of any number of heads and rows."""
     kv, kv_rest = compensated(state.kv, state.kv_rest, sums.kept[..., None], sums.kv)
     z, z_rest = compensated(state.z, state.z_rest, sums.kept, sums.z)
     return dataclasses.replace(state, kv=kv, kv_rest=kv_rest, z=z, z_rest=z_rest), (state.kv, state.z)
 
 
-def _carry(state: SplatState, sums: Sums) -> tuple[SplatState, tuple[Float[Array, "G S D"], Float[Array, "G S"]]]:
+def _carry(state: SplatState, sums: chunk.Sums) -> tuple[SplatState, tuple[Float[Array, "G S D"], Float[Array, "G S"]]]:
     """The sums after all chunks, and those before each."""
     return jax.lax.scan(_advance, state, sums)

@@ -1,7 +1,7 @@
 """Sums over splats within a chunk, when features rise so far that a product of two factors could overflow.
 
 The weight of key j for token t is `sum_s exp(read[t, s] + add[j, s])`. With level features it is the matrix product of
-`exp(read - top)` and `exp(add)`. A feature that rises by more than `STEEP` above its base (`chunked.Factors`) would
+`exp(read - top)` and `exp(add)`. A feature that rises by more than `STEEP` above its base (`chunk.Factors`) would
 overflow the second factor. A larger base would avoid that, but then a later key would decide which weights of an
 earlier token underflow. So tokens from the first such key on take the sums of `pairs_within` instead. Whether a token
 does depends only on keys up to it, so that no bit of an output depends on the future.
