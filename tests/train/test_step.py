@@ -232,7 +232,7 @@ def first_steps(config: TrainConfig) -> tuple[dict[str, np.ndarray], dict[str, j
     before, reported = {name: np.array(x) for name, x in run.parameters().items()}, []
     for part in rows:
         old = run.state
-        run.state, metrics = run._make_step(old, run._frozen, run._teacher, part)
+        run.state, metrics = run._program.step(old, run._frozen, run._teacher, part)
         assert all(x.is_deleted() for x in jax.tree.leaves(old)), "memory of the old state is not used again"
         reported.append(metrics)
         run.step += 1
