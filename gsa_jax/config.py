@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gsa_jax.errors import InputError
 
@@ -23,8 +23,9 @@ ATTENTION_KINDS = ("global", "local")
 DTYPES = ("float32", "bfloat16", "float16")
 """Of parameters and of the computation."""
 
-ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
-"""Names that `gsa_jax.ops.flash` gives to ways of computing exact attention."""
+AttentionImplementation = Literal["auto", "xla", "splash", "cudnn"]
+"""How exact attention is computed: `xla` is ours, compiled from plain products; `splash` and `cudnn` are kernels.
+`auto` takes the kernel of the platform for 16-bit inputs, and ours otherwise."""
 
 _NOT_STORED = ("dtype", "remat", "attention_implementation")
 """Fields that say how a model computes, not what it is."""
@@ -105,7 +106,7 @@ class GPTNeoConfig:
             weights; nor are the fields after it.
         remat: recompute each block in the backward pass instead of keeping its activations. Layers that repeat are
             then one loop, which compiles faster; it copies their parameters, so this is for programs with gradients.
-        attention_implementation: what computes exact attention, one of `ATTENTION_IMPLEMENTATIONS`.
+        attention_implementation: what computes exact attention, an `AttentionImplementation`.
 
     Raises:
         InputError: a field is out of range, or fields contradict one another.
@@ -159,10 +160,10 @@ class GPTNeoConfig:
                 raise InputError(f"{name} = {value!r}: not in the vocabulary of {self.vocab_size} tokens")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype = {self.dtype!r}: must be one of {', '.join(DTYPES)}")
-        if self.attention_implementation not in ATTENTION_IMPLEMENTATIONS:
+        if self.attention_implementation not in get_args(AttentionImplementation):
             raise InputError(
                 f"attention_implementation = {self.attention_implementation!r}: must be one of "
-                f"{', '.join(ATTENTION_IMPLEMENTATIONS)}"
+                f"{', '.join(get_args(AttentionImplementation))}"
             )
         if self.hidden_size % self.num_heads:
             raise InputError(f"num_heads = {self.num_heads} does not divide hidden_size = {self.hidden_size}")

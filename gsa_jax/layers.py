@@ -35,5 +35,4 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch F"]:
         """Computed in the dtype of `x`, whatever that of the parameters is."""
-        out = linear(x, self.weight[...].astype(x.dtype))
-        return out if self.bias is None else out + self.bias[...].astype(x.dtype)
+        return linear(x, self.weight[...], None if self.bias is None else self.bias[...])

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.ops.partition import BATCH, keep_whole, on_mesh, per_rows_and_heads
+from gsa_jax.ops.partition import BATCH, TABLE, keep_whole, on_mesh, per_rows_and_heads, sum_of_table
 from gsa_jax.ops.precision import precision_of
 
 BLOCK_BYTES = 2**27
@@ -173,10 +173,8 @@ def _in_blocks(
         found = _over_blocks(vocabulary, student, teacher, weight, targets, counted, differentiate)
         if found.gradients is None or not is_on_mesh:
             return found
-        # Summed in float32, once, and each device gets its own part, as it has of the parameter.
         hidden_states, embedding = found.gradients
-        embedding = jax.lax.psum_scatter(embedding, "fsdp", scatter_dimension=1, tiled=True)
-        embedding = jax.lax.psum(embedding, "data")
+        embedding = sum_of_table(embedding)
         if parts > 1:
             hidden_states = jax.lax.psum(hidden_states, "tensor")
             embedding = jax.lax.all_gather(embedding, "tensor", axis=0, tiled=True)
@@ -186,7 +184,7 @@ def _in_blocks(
     found = per_rows_and_heads(
         on_device,
         (of_head, teacher and of_head, P(), BATCH, BATCH),
-        _Found(BATCH, teacher and BATCH, Head(BATCH, P(None, "fsdp")) if differentiate else None),  # type: ignore[arg-type]
+        _Found(BATCH, teacher and BATCH, Head(BATCH, TABLE) if differentiate else None),  # type: ignore[arg-type]
     )(whole(student), teacher and whole(teacher), weight, targets, counted)
     if found.gradients is None:
         return found

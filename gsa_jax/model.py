@@ -23,8 +23,8 @@ from gsa_jax.attention import GPTNeoAttention
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.layer_scan import scan_layers
 from gsa_jax.layers import ACTIVATION_FUNCTIONS, Linear
-from gsa_jax.ops import SplatState, linear
-from gsa_jax.ops.partition import keep_rows_apart, keep_whole
+from gsa_jax.ops import SplatState, linear, look_up
+from gsa_jax.ops.partition import keep_rows_apart
 from gsa_jax.ops.segments import check_segment_ids, positions_from_mask, token_mask
 
 
@@ -46,12 +46,19 @@ class Cache:
     tokens: Int[Array, "B"]
 
 
+def _parameters_in_float32(arrays: Any, **_: Any) -> Any:
+    """Flax would cast a layer norm's parameters to `dtype`, and with them their gradients, which devices add up."""
+    hidden_states, *parameters = arrays
+    return hidden_states, *(parameter.astype(jnp.float32) for parameter in parameters)
+
+
 def _layer_norm(config: GPTNeoConfig) -> nnx.LayerNorm:
     return nnx.LayerNorm(
         config.hidden_size,
         epsilon=config.layer_norm_epsilon,
         use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where PyTorch's variance does not
         dtype=jnp.dtype(config.dtype),
+        promote_dtype=_parameters_in_float32,
         rngs=nnx.Rngs(0),
     )
 
@@ -116,12 +123,8 @@ class GPTNeoModel(nnx.Module):
 
     def embed(self, input_ids: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """The sum of both embeddings."""
-
-        def look_up(embedding: nnx.Embed, rows: jax.Array) -> jax.Array:
-            # A mesh gathers the table before the rows are taken: the head needs it whole anyway.
-            return jnp.take(keep_whole(embedding.embedding[...].astype(embedding.dtype)), rows, axis=0)
-
-        return keep_rows_apart(look_up(self.wte, input_ids) + look_up(self.wpe, positions))
+        words = look_up(self.wte.embedding[...], input_ids, self.wte.dtype)
+        return keep_rows_apart(words + look_up(self.wpe.embedding[...], positions, self.wpe.dtype))
 
     def __call__(
         self,
@@ -251,5 +254,4 @@ class GPTNeoForCausalLM(nnx.Module):
         return self._logits(hidden_states[:, -1]), following
 
     def _logits(self, hidden_states: Float[Array, "*rows E"]) -> Float[Array, "*rows V"]:
-        head = self.transformer.wte.embedding[...].astype(hidden_states.dtype)
-        return linear(hidden_states, head).astype(jnp.float32)
+        return linear(hidden_states, self.transformer.wte.embedding[...]).astype(jnp.float32)

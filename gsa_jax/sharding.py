@@ -26,14 +26,13 @@ from jaxtyping import Array
 
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
-from gsa_jax.ops.partition import BATCH, MESH_AXES
+from gsa_jax.ops.partition import BATCH, MESH_AXES, TABLE
 
 _SPECS = {
     r"\.(q_proj|k_proj|v_proj|c_fc)\.weight": P("tensor", "fsdp"),
     r"\.(out_proj|c_proj)\.weight": P("fsdp", "tensor"),
     r"\.c_fc\.bias": P("tensor"),
-    # Vocabularies rarely divide (50257 = 29 x 1733), so embeddings are cut along the hidden size.
-    r"\.(wte|wpe)\.weight": P(None, "fsdp"),
+    r"\.(wte|wpe)\.weight": TABLE,
     r"\.splat_\w+": P("tensor"),
 }
 """Ends of Hugging Face's tensor names, with weights `[out, in]`; everything else is on every device."""

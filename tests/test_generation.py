@@ -56,7 +56,7 @@ def test_greedy_equals_hugging_face_on_the_bundled_model(story: Any, story_check
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("window", [1, 2, 15, 200])
+@pytest.mark.parametrize("window", [2, 200, *(pytest.param(x, marks=pytest.mark.slow) for x in (1, 15))])
 def test_greedy_equals_hugging_face_for_other_windows(window: int) -> None:
     from helpers.hf_oracle import hf_model
 

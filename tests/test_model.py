@@ -52,7 +52,8 @@ def test_logits_equal_pytorch(name: str) -> None:
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("window", [3, *(pytest.param(x, marks=pytest.mark.slow) for x in (256, 300))])
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [3, 256, 300])
 def test_blocked_attention_equals_pytorch(window: int) -> None:
     """Lengths beyond two blocks, where global and local layers no longer attend in one piece."""
     from helpers.hf_oracle import hf_model, torch_logits

@@ -90,9 +90,8 @@ def test_prefill_and_decoding_equal_the_forward_pass(mode: str) -> None:
     np.testing.assert_array_equal(cache.tokens, mask.sum(axis=1))
 
 
-@pytest.mark.parametrize(
-    "mode", ["optional terms", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("pure", "hybrid"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["optional terms", "pure", "hybrid"])
 def test_the_model_runs_through_the_definition(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits and gradients with the dense form of the op in place of the chunked one."""
     graphdef, params = nnx.split(splat_model(mode))
@@ -143,7 +142,7 @@ def test_padding_changes_nothing(mode: str) -> None:
     chex.assert_tree_all_finite(loss(params))
 
 
-@pytest.mark.parametrize("mode", ["pure", "hybrid"])
+@pytest.mark.parametrize("mode", [pytest.param("pure", marks=pytest.mark.slow), "hybrid"])
 def test_a_window_that_holds_everything_is_the_exact_model(mode: str) -> None:
     """The one knob: the same weights with a window as long as the text, and with an infinite one, bit for bit."""
     plain = tiny_model(window_size=7, attention_types=[[["local", "global"], 1]])
@@ -166,9 +165,8 @@ def greedy_by_forward(model: GPTNeoForCausalLM, prompt: list[int], new: int) -> 
     return ids[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize(
-    "mode", ["hybrid", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("pure", "all layers"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["hybrid", "pure", "all layers"])
 def test_generation_equals_greedy_without_a_cache(mode: str) -> None:
     model = splat_model(mode)
     prompts = [random_ids(n, n).tolist() for n in (1, 5, 19)]

@@ -143,6 +143,7 @@ def test_activations_are_what_the_compiler_sets_aside() -> None:
     assert 0.5 < ratio < 2, ratio
 
 
+@pytest.mark.slow
 def test_with_remat_only_the_input_of_a_block_is_kept() -> None:
     """CPU programs cannot show this: XLA merges what is recomputed there with what it was computed from."""
     short, long = report(small(3), remat=True), report(small(6), remat=True)

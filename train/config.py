@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import tyro
 
-from gsa_jax.config import GPTNeoConfig
+from gsa_jax.config import AttentionImplementation, GPTNeoConfig
 from gsa_jax.errors import InputError
 
 
@@ -114,7 +114,7 @@ class TrainConfig:
     """Recompute blocks in the backward pass, for less memory."""
     deterministic: bool = True
     """On a GPU: the same bits in each run, and after each restart, for more time; elsewhere that is so anyway."""
-    attention_implementation: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    attention_implementation: AttentionImplementation = "auto"
     """What computes exact attention: a kernel of the platform in bfloat16 (splash on TPU, cudnn on NVIDIA), or XLA."""
     eval_every: int = 500
     """Steps between two evaluations; the last step is always evaluated."""

@@ -7,7 +7,7 @@ Letters used in shapes throughout the project:
 """
 
 from gsa_jax.ops.api import Window, splat_attention
-from gsa_jax.ops.linear import linear
+from gsa_jax.ops.linear import linear, look_up
 from gsa_jax.ops.softmax import causal_attention
 from gsa_jax.ops.state import Splats, SplatState, init_splat_state, no_splats
 
@@ -18,6 +18,7 @@ __all__ = [
     "causal_attention",
     "init_splat_state",
     "linear",
+    "look_up",
     "no_splats",
     "splat_attention",
 ]

@@ -15,9 +15,10 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from gsa_jax.config import AttentionImplementation
 from gsa_jax.errors import InputError
 from gsa_jax.ops.chunked import chunked
-from gsa_jax.ops.flash import AttentionImplementation, exact_attention
+from gsa_jax.ops.flash import exact_attention
 from gsa_jax.ops.partition import BATCH, HEADS, ROWS_AND_HEADS, TOKENS_AND_HEADS, per_rows_and_heads
 from gsa_jax.ops.recurrent import recurrent
 from gsa_jax.ops.reference import reference

@@ -8,18 +8,15 @@ May be changed here: which kernel runs where, and what it is given. The definiti
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gsa_jax.config import AttentionImplementation
 from gsa_jax.errors import InputError
 from gsa_jax.ops.partition import BATCH, TOKENS_AND_HEADS, per_rows_and_heads
-
-AttentionImplementation = Literal["auto", "xla", "splash", "cudnn"]
-"""How exact attention is computed: `xla` is ours, compiled from plain products; `splash` and `cudnn` are kernels.
-`auto` takes the kernel of the platform for 16-bit inputs, and ours otherwise."""
 
 _BLOCKS = (512, 256, 128)
 """Tokens of a block of splash attention: the first that divides the length, padded to a multiple of the last."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 R = TypeVar("R")
 
@@ -24,6 +24,9 @@ ROWS_AND_HEADS = P(("data", "fsdp"), "tensor")
 TOKENS_AND_HEADS = P(("data", "fsdp"), None, "tensor")
 HEADS = P("tensor")
 """How arrays `[B, H, ...]`, `[B, T, H, ...]` and `[H, ...]` are cut."""
+
+TABLE = P(None, "fsdp")
+"""How an embedding `[V, E]` is cut: vocabularies rarely divide (50257 = 29 x 1733)."""
 
 
 def keep_rows_apart(x: Array) -> Array:
@@ -50,6 +53,16 @@ def per_rows_and_heads(function: Callable[..., R], in_specs: Any, out_specs: Any
         return function
     # With `check_vma`, gradients of what is shared would be added up at each use of it, inside of loops.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def sum_of_table(gradient: Float[Array, "V E"]) -> Float[Array, "V part_of_E"]:
+    """Inside of `per_rows_and_heads`: the sum of what each device's rows give, for a parameter `P(None, "fsdp")`.
+
+    Each device gets its own part, as it has of the parameter. Left to itself, the compiler sends hidden states around.
+    """
+    if not on_mesh():
+        return gradient
+    return jax.lax.psum(jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=1, tiled=True), "data")
 
 
 def on_mesh() -> bool:

@@ -7,13 +7,11 @@ import dataclasses
 
 import pytest
 
-from gsa_jax.config import SPLAT_PRESETS
-from gsa_jax.convert import convert
 from gsa_jax.hlo import COLLECTIVES
 from gsa_jax.topology import parse_topology
 from gsa_jax.train.compiled import compile_step
 from gsa_jax.train.config import Distill, Finetune, MeshConfig, Pretrain
-from helpers.programs import HYBRID_STORY, compiled, lower_decode, lower_prefill
+from helpers.programs import HYBRID_STORY, compiled, lower_decode, lower_prefill, run
 
 pytestmark = pytest.mark.accelerators
 
@@ -25,20 +23,6 @@ def on(*machines, quick=()):
     return pytest.mark.parametrize(
         "machine", [pytest.param(machine, marks=[pytest.mark.quick] * (machine in quick)) for machine in machines]
     )
-
-
-@pytest.fixture(scope="module")
-def hybrid(story_neo, tmp_path_factory):
-    """The bundled model with splats that a run can train."""
-    folder = tmp_path_factory.mktemp("hybrid") / "checkpoint"
-    convert(story_neo, folder, splats=SPLAT_PRESETS["hybrid"])
-    return folder
-
-
-def run(recipe, checkpoint, **settings):
-    where = {"tokenizer": checkpoint} if recipe is Pretrain else {"checkpoint": checkpoint}
-    paths = {"out": checkpoint / "run", "text": checkpoint / "text"}
-    return recipe(**{"context": 256, "batch_size": 16, "dtype": "bfloat16"} | where | paths | settings)
 
 
 @on(*MACHINES)

@@ -84,6 +84,7 @@ def test_transformers_4_loads_an_export(tmp_path, splats):
     np.testing.assert_array_equal(torch_logits(theirs, ids), torch_logits(hf_loaded(source)[0], ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_transformers_5_computes_what_4_computes_from_the_source(tmp_path, story_neo, story_checkpoint):
     half = write_folder(tmp_path / "half", tiny_tensors(torch.float16))

@@ -110,6 +110,7 @@ def full_forward_margin(run, items: Items) -> float:
     return float(np.trace(nats) / CANDIDATES - nats[~np.eye(CANDIDATES, dtype=bool)].mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_arms_score_as_their_models_do_without_a_cache(checkpoint: Path, passkey: Passkey) -> None:
     import torch

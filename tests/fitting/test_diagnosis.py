@@ -88,6 +88,7 @@ def test_every_head_starts_alive(diagnosed: Diagnosed) -> None:
         assert 0 < head.centers_gradient < np.inf and 0 < head.log_scales_gradient < np.inf
 
 
+@pytest.mark.slow
 def test_gradients_are_slopes_of_the_loss(diagnosed: Diagnosed) -> None:
     graphdef = nnx.graphdef(build_model(diagnosed.config, diagnosed.tensors))
 

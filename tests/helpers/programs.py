@@ -4,6 +4,7 @@ May be changed here: which programs there are. Each function is imported by name
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -18,7 +19,7 @@ from gsa_jax.ops import Splats, splat_attention
 from gsa_jax.sampling import Greedy
 from gsa_jax.topology import Compiled, compile_for, parse_topology
 from gsa_jax.train.compiled import lower_step
-from gsa_jax.train.config import MODELS, Pretrain
+from gsa_jax.train.config import MODELS, Pretrain, TrainConfig
 
 HYBRID_STORY = dataclasses.replace(MODELS["story"], splats=SPLAT_PRESETS["hybrid"])
 """The shape of the bundled model, with splats."""
@@ -123,6 +124,13 @@ def _prompt(devices: list[Any], rows: int, length: int) -> Any:
 def _split(devices: list[Any], config: GPTNeoConfig) -> tuple[Any, Any]:
     graphdef, params = nnx.split(nnx.eval_shape(lambda: GPTNeoForCausalLM(config, rngs=nnx.Rngs(0))))
     return graphdef, on_one_device(devices, params)
+
+
+def run(recipe: type[TrainConfig], checkpoint: Path, **settings: Any) -> TrainConfig:
+    """A small run in bfloat16, whose files need not be there, but for those of the checkpoint."""
+    where = {"tokenizer": checkpoint} if recipe is Pretrain else {"checkpoint": checkpoint}
+    paths = {"out": checkpoint / "run", "text": checkpoint / "text"}
+    return recipe(**{"context": 256, "batch_size": 16, "dtype": "bfloat16"} | where | paths | settings)
 
 
 def lower_pretraining(devices: list[Any], config: Pretrain, model: GPTNeoConfig) -> Any:

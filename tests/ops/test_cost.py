@@ -71,13 +71,13 @@ def shapes(length: int):
 
 
 @pytest.mark.parametrize("function", [forward, forward_backward])
-@pytest.mark.parametrize("window", [0, 64, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("window", [64, *(pytest.param(x, marks=pytest.mark.slow) for x in (0, 300))])
 def test_operations_are_linear_in_tokens(window: int, function) -> None:
     def count(length: int, implementation: str | None = None) -> int:
         run = functools.partial(function, window=window, implementation=implementation)
         return operations(jax.make_jaxpr(run)(*shapes(length)).jaxpr)
 
-    for length in (1024, 4096, 16384):
+    for length in (1024, 16384):
         assert count(2 * length) <= 2.2 * count(length)
     # The count can tell: the definition is quadratic.
     assert count(2048, "reference") > 3 * count(1024, "reference")

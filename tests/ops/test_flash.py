@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsa_jax.config import ATTENTION_IMPLEMENTATIONS, GPTNeoConfig
+from gsa_jax.config import AttentionImplementation, GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.ops.api import splat_attention
-from gsa_jax.ops.flash import AttentionImplementation, exact_attention, splash
+from gsa_jax.ops.flash import exact_attention, splash
 from gsa_jax.ops.softmax import causal_attention
 from gsa_jax.ops.state import no_splats
 from helpers.splat_cases import relative_error
@@ -101,8 +101,3 @@ def test_an_implementation_that_cannot_run_is_refused() -> None:
         GPTNeoConfig(attention_implementation="flash")
     with pytest.raises(Exception, match="interpret"):  # Pallas says so, when the program is made for a CPU
         program("cpu", jnp.bfloat16, "splash", "all")
-
-
-def test_names_of_implementations_are_said_once_in_two_places() -> None:
-    """The configuration is read where JAX is not imported."""
-    assert AttentionImplementation.__args__ == ATTENTION_IMPLEMENTATIONS  # type: ignore[attr-defined]

@@ -28,7 +28,12 @@ from helpers.splat_cases import Case, assert_close, draw, relative_error
 api = importlib.import_module("gsa_jax.ops.api")
 
 LENGTH, CHUNK = 70, 16
-FORMS = [("chunked", 0), ("chunked", 5), ("reference", 0), ("reference", 5), (None, "all")]
+FORMS = [
+    ("chunked", 5),
+    ("reference", 5),
+    (None, "all"),
+    *(pytest.param(x, 0, marks=pytest.mark.slow) for x in ("chunked", "reference")),
+]
 
 
 def pack(length: int, *lengths: int) -> np.ndarray:
