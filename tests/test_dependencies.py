@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 ORDER = [
     {"errors", "assets", "progress", "hlo"},
-    {"ops", "config", "topology"},
+    {"config", "topology"},
+    {"ops"},
     {"layers", "layer_scan"},
     {"attention"},
     {"model"},
