@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from gsa_jax.ops import kernel_chunk
-from gsa_jax.ops.kernel_chunk import SLOT_ROWS, HeadSplats, Slots
+from gsa_jax.ops.kernel_chunk import CHUNK, SLOT_ROWS, Chunk, HeadSplats, Slots, Way
 from gsa_jax.ops.segments import documents_before, reached_by
 from gsa_jax.ops.state import (
     FLOOR,
@@ -30,17 +30,17 @@ from gsa_jax.ops.state import (
     compensated,
     feature_coefficients,
     query_terms,
+    without_paddings,
 )
+from gsa_jax.ops.steep import STEEP
 
 _LANES = 128
-_CHUNKS = (128, 256)
 
 
 class Sizes(NamedTuple):
     """Of padded arrays. Heads of 64 are computed two at a time, because vector registers are 128 numbers wide."""
 
     window: int
-    chunk: int
     head_dim: int
     splats: int
     narrow: bool
@@ -50,6 +50,11 @@ class Sizes(NamedTuple):
     def heads(self) -> int:
         """Heads of a program."""
         return _LANES // self.head_dim
+
+    @property
+    def chunks_before(self) -> int:
+        """Chunks that the window reaches back to."""
+        return -(-self.window // CHUNK)
 
 
 def kernel_attention(
@@ -69,11 +74,10 @@ def kernel_attention(
     """
     batch, length, heads, head_dim = query.shape
     num_splats, window = splats.centers.shape[1], state.key.shape[2]
-    chunk = next(size for size in _CHUNKS if window <= size)
     wide = _LANES // 2 if head_dim <= _LANES // 2 else _LANES
     padded_splats = _LANES // 2 if num_splats <= _LANES // 2 else _LANES
-    sizes = Sizes(window, chunk, wide, padded_splats, query.dtype == jnp.bfloat16, interpret)
-    more_slots, more_heads = -length % chunk, -heads % sizes.heads
+    sizes = Sizes(window, wide, padded_splats, query.dtype == jnp.bfloat16, interpret)
+    more_slots, more_heads = -length % CHUNK, -heads % sizes.heads
 
     def flat(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, 0), (0, more_slots), (0, more_heads), (0, wide - head_dim)])
@@ -87,6 +91,7 @@ def kernel_attention(
     of_query = jnp.pad(jax.vmap(query_terms)(complete), [(0, 0), (0, more_splats)], constant_values=-jnp.inf)
     terms = jnp.stack([jnp.pad(of_norm, [(0, 0), (0, more_splats)]), of_query], axis=1)
     terms = jnp.pad(terms, [(0, more_heads), (0, 0), (0, 0)])
+    query, key, value = (without_paddings(x, segments) for x in (query, key, value))
     rows = _slot_rows(jnp.pad(segments, [(0, 0), (0, more_slots)]), length, sizes)
     output, kv, kv_rest, sums = _attend(
         sizes, *map(flat, (query, key, value)), rows, jnp.swapaxes(directions, 1, 2), terms
@@ -104,15 +109,19 @@ def _slot_rows(segments: Int[Array, "B T"], length: int, sizes: Sizes) -> Int[Ar
     batch, padded = segments.shape
     left = jnp.pad(segments, [(0, 0), (sizes.window, 0)])[:, :padded]
     left = jnp.where(jnp.arange(padded) < length, left, 0)
-    segments, left = (x.reshape(batch, -1, sizes.chunk) for x in (segments, left))
-    before = jnp.pad(segments[:, :-1], [(0, 0), (1, 0), (0, 0)])
+    segments, left = (x.reshape(batch, -1, CHUNK) for x in (segments, left))
+    before = (jnp.pad(segments, [(0, 0), (i, 0), (0, 0)])[:, : segments.shape[1]] for i in (1, 2))
     # Without `segment_ids` a row is document 1, and with them the state before is empty.
     documents = documents_before(left, jnp.ones(batch, left.dtype))
     reached = jax.vmap(jax.vmap(reached_by))(left, documents)
     start = jnp.where(reached.goes_on, -1, reached.first)
     end = jnp.sum(reached.document[..., None, :] <= reached.document[..., None], axis=-1) - 1
     first = jnp.where(reached.has_key, reached.first, -1)
-    rows = segments, before, left != 0, start, end, first, reached.document == segments, jnp.zeros_like(left)
+    flags = (left != 0) + 2 * (reached.document == segments)
+    some = jnp.cumsum(jnp.any(left != 0, axis=2), axis=1)
+    known = jnp.pad(some[:, :-1], [(0, 0), (1, 0)])[..., None] != 0
+    begins = jnp.any(reached.has_key & ~(reached.goes_on & known), axis=2, keepdims=True)
+    rows = segments, *before, start, end, first, flags, jnp.broadcast_to(begins, left.shape)
     return jnp.stack([x.astype(jnp.int32) for x in rows], axis=2)
 
 
@@ -143,7 +152,7 @@ class _Specs(NamedTuple):
     """Blocks of arrays, for a program of some heads and the chunk that `at` makes of its number."""
 
     tokens: pl.BlockSpec
-    before: pl.BlockSpec
+    before: Callable[[int], pl.BlockSpec]
     rows: pl.BlockSpec
     starts: Callable[..., pl.BlockSpec]
     per_row: Callable[..., pl.BlockSpec]
@@ -151,11 +160,11 @@ class _Specs(NamedTuple):
 
 
 def _specs(sizes: Sizes, at: Callable[[Any], Any]) -> _Specs:
-    chunk, heads = sizes.chunk, sizes.heads
+    heads = sizes.heads
     return _Specs(
-        tokens=pl.BlockSpec((1, chunk, _LANES), lambda b, h, c: (b, at(c), h)),
-        before=pl.BlockSpec((1, chunk, _LANES), lambda b, h, c: (b, jnp.maximum(at(c) - 1, 0), h)),
-        rows=pl.BlockSpec((1, 1, SLOT_ROWS, chunk), lambda b, h, c: (b, at(c), 0, 0)),
+        tokens=pl.BlockSpec((1, CHUNK, _LANES), lambda b, h, c: (b, at(c), h)),
+        before=lambda n: pl.BlockSpec((1, CHUNK, _LANES), lambda b, h, c: (b, jnp.maximum(at(c) - n, 0), h)),
+        rows=pl.BlockSpec((1, 1, SLOT_ROWS, CHUNK), lambda b, h, c: (b, at(c), 0, 0)),
         starts=lambda *shape: pl.BlockSpec((1, heads, 1, *shape), lambda b, h, c: (b, h, at(c), 0, 0)),
         per_row=lambda *shape: pl.BlockSpec((1, heads, *shape), lambda b, h, c: (b, h, 0, 0)),
         per_head=lambda *shape: pl.BlockSpec((heads, *shape), lambda b, h, c: (h, 0, 0)),
@@ -202,7 +211,7 @@ def _forward(
             ((batch, heads, chunks, dim, splats), jnp.float32, specs.starts(dim, splats)),
             ((batch, heads, chunks, 2, splats), jnp.float32, specs.starts(2, splats)),
         ]
-    tokens, in_specs = _with_chunk_before(sizes, specs, (query, key, value))
+    tokens, in_specs = _at_hand(sizes, specs, query, key, value)
     results = _call(
         sizes,
         _forward_kernel,
@@ -215,53 +224,40 @@ def _forward(
     return tuple(results[:4]), tuple(results[4:])
 
 
-def _with_chunk_before(
-    sizes: Sizes, specs: _Specs, tokens: Sequence[jax.Array]
+def _at_hand(
+    sizes: Sizes, specs: _Specs, query: jax.Array, key: jax.Array, value: jax.Array
 ) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
-    """Query, key and value, and key and value of the chunk before if there is a window."""
-    query, key, value = tokens
-    if not sizes.window:
-        return [query, key, value], [specs.tokens] * 3
-    return [query, key, value, key, value], [specs.tokens] * 3 + [specs.before] * 2
+    """Query, and key and value of each chunk at hand, in the order of time."""
+    blocks = [specs.before(n) for n in range(sizes.chunks_before, 0, -1)] + [specs.tokens]
+    return [query, *[key] * len(blocks), *[value] * len(blocks)], [specs.tokens, *blocks, *blocks]
 
 
-class _Tokens(NamedTuple):
-    """Of one head: float32, with zeros in place of padding; keys and values of the slots at hand."""
-
-    query: Float[Array, "C D"]
-    keys: Float[Array, "K D"]
-    values: Float[Array, "K D"]
-
-
-def _tokens(refs: Sequence[Any], slots: Slots, head: int, sizes: Sizes) -> _Tokens:
-    lanes = slice(head * sizes.head_dim, (head + 1) * sizes.head_dim)
-    read = [ref[0, :, lanes] for ref in refs]
-    query, key, value = (kernel_chunk.without_padding(x, slots.segments) for x in read[:3])
-    if not sizes.window:
-        return _Tokens(query, key, value)
-    key_before, value_before = (kernel_chunk.without_padding(x, slots.before) for x in read[3:])
-    return _Tokens(query, jnp.concatenate([key_before, key]), jnp.concatenate([value_before, value]))
+def _tokens(sizes: Sizes, refs: Sequence[Any], head: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, and keys and values of the slots at hand, of one head of a program; float32."""
+    query, *others = (ref[0, :, _lanes(sizes, head)].astype(jnp.float32) for ref in refs)
+    count = len(others) // 2
+    return query, jnp.concatenate(others[:count]), jnp.concatenate(others[count:])
 
 
-def _scores(
-    query: jax.Array, keys: jax.Array, splats: HeadSplats, m: jax.Array, slots: Slots, sizes: Sizes
-) -> tuple[tuple[jax.Array | None, jax.Array, jax.Array], jax.Array]:
-    """Near scores if there is a window, and `read` and `add`; and `last`, a constant to the gradient."""
-    left = kernel_chunk.leaving(keys, sizes.window)
-    read, add, last = kernel_chunk.features(query, left, splats, m, slots)
-    near = kernel_chunk.near(query, keys, slots, sizes.window, sizes.narrow) if sizes.window else None
-    return (near, read, add), last
+def _lanes(sizes: Sizes, head: int) -> slice:
+    return slice(head * sizes.head_dim, (head + 1) * sizes.head_dim)
 
 
-def _near_top(near: jax.Array | None, size: int) -> Float[Array, "C 1"]:
-    if near is None:
-        return jnp.full((size, 1), FLOOR, jnp.float32)
-    return jnp.maximum(jnp.max(near, axis=1, keepdims=True), FLOOR)
+def _either_way(
+    of_keys: Sequence[jax.Array], bases: Sequence[jax.Array], slots: Slots, finish: Callable[[Way], None]
+) -> None:
+    """Does the rest of a chunk the way that its features need; decided for all heads of a program at once, so that the
+    rest is one block of instructions to the scheduler."""
+    rises = [jnp.max(kernel_chunk.add_factor(keys, base, slots)) for keys, base in zip(of_keys, bases, strict=True)]
+    steep = functools.reduce(jnp.maximum, rises) >= STEEP
+    pl.when(steep)(lambda: finish(kernel_chunk.steep_weights))
+    pl.when(jnp.logical_not(steep))(lambda: finish(kernel_chunk.level_weights))
 
 
 def _forward_kernel(*refs: Any, sizes: Sizes) -> None:
-    inputs = 5 if sizes.window else 3
-    rows_ref, directions_ref, terms_ref, output_ref, kv_ref, kv_rest_ref, sums_ref, *starts = refs[inputs:]
+    inputs = 3 + 2 * sizes.chunks_before
+    rows_ref, directions_ref, terms_ref, output_ref, kv_ref, kv_rest_ref, sums_ref, *starts_refs = refs[inputs:]
+    heads = range(sizes.heads)
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
@@ -270,60 +266,38 @@ def _forward_kernel(*refs: Any, sizes: Sizes) -> None:
         sums_ref[...] = jnp.zeros_like(sums_ref)
         sums_ref[0, :, 0:1, :] = jnp.full((sizes.heads, 1, sizes.splats), FLOOR, jnp.float32)
 
-    slots = Slots.from_rows(rows_ref[0, 0])
-    outputs = []
-    for head in range(sizes.heads):
-        tokens = _tokens(refs[:inputs], slots, head, sizes)
-        splats = HeadSplats(directions_ref[head], terms_ref[head, 0:1], terms_ref[head, 1:2])
-        kv, m, z, z_rest = kv_ref[0, head], *(sums_ref[0, head, i : i + 1] for i in range(3))
-        if starts:
-            starts[0][0, head, 0] = kv
-            starts[1][0, head, 0] = sums_ref[0, head, 0:2]
-        (near, read, add), last = _scores(tokens.query, tokens.keys, splats, m, slots, sizes)
-        top, factor, within = _weights(read, add, _near_top(near, sizes.chunk), slots, sizes)
-        outputs.append(
-            kernel_chunk.output(near, top, factor, within, tokens.values, kv, z, slots, sizes.window, sizes.narrow)
-        )
-        left = kernel_chunk.leaving(tokens.values, sizes.window)
-        end, kept, new_kv, new_z = kernel_chunk.sums(add, left, last, m, slots, sizes.narrow)
-        kv_ref[0, head], kv_rest_ref[0, head] = compensated(kv, kv_rest_ref[0, head], kept, new_kv)
-        z, z_rest = compensated(z, z_rest, kept, new_z)
-        sums_ref[0, head] = jnp.concatenate([end, z, z_rest])
-    output_ref[0] = jnp.concatenate(outputs, axis=1).astype(output_ref.dtype)
+    slots = Slots.from_rows(rows_ref[0, 0], sizes.chunks_before)
+    tokens = [_tokens(sizes, refs[:inputs], head) for head in heads]
+    features = [
+        kernel_chunk.features(*tokens[head][:2], _splats(directions_ref, terms_ref, head), sizes.window)
+        for head in heads
+    ]
+    starts = [sums_ref[0, head, 0:1] for head in heads]
+    of_keys = [keys for _, keys in features]
+    bases = kernel_chunk.bases(of_keys, starts, slots)
+
+    def finish(way: Way) -> None:
+        outputs = []
+        for head in heads:
+            kv, z, z_rest = kv_ref[0, head], sums_ref[0, head, 1:2], sums_ref[0, head, 2:3]
+            if starts_refs:
+                starts_refs[0][0, head, 0] = kv
+                starts_refs[1][0, head, 0] = jnp.concatenate([starts[head], z])
+            chunk = Chunk(*tokens[head], *features[head], kv, z)
+            (output, new_kv, new_z), carry = kernel_chunk.attend(
+                chunk, bases[head], starts[head], slots, way, sizes.window, sizes.narrow
+            )
+            outputs.append(output)
+            kv_ref[0, head], kv_rest_ref[0, head] = compensated(kv, kv_rest_ref[0, head], carry.kept, new_kv)
+            z, z_rest = compensated(z, z_rest, carry.kept, new_z)
+            sums_ref[0, head] = jnp.concatenate([carry.end, z, z_rest])
+        output_ref[0] = jnp.concatenate(outputs, axis=1).astype(output_ref.dtype)
+
+    _either_way(of_keys, bases, slots, finish)
 
 
-def _weights(
-    read: jax.Array, add: jax.Array, near_top: jax.Array, slots: Slots, sizes: Sizes
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The weights of the chunk's own keys, the way that its features need."""
-
-    def run(way: Callable[..., Any]) -> Callable[[], Any]:
-        return lambda: way(read, add, near_top, slots, sizes.narrow)
-
-    steep = jnp.max(add) >= kernel_chunk.STEEP
-    return jax.lax.cond(steep, run(kernel_chunk.steep_weights), run(kernel_chunk.level_weights))
-
-
-def _weights_backward(
-    read: jax.Array,
-    add: jax.Array,
-    near_top: jax.Array,
-    slots: Slots,
-    sizes: Sizes,
-    of_factor: jax.Array,
-    of_within: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Gradients by `read` and `add`."""
-
-    def run(way: Callable[..., Any]) -> Callable[[], Any]:
-        def gradient() -> Any:
-            _, pull = jax.vjp(lambda read, add: way(read, add, near_top, slots, sizes.narrow)[1:], read, add)
-            return pull((of_factor, of_within))
-
-        return gradient
-
-    steep = jnp.max(add) >= kernel_chunk.STEEP
-    return jax.lax.cond(steep, run(kernel_chunk.steep_weights), run(kernel_chunk.level_weights))
+def _splats(directions_ref: Any, terms_ref: Any, head: int) -> HeadSplats:
+    return HeadSplats(directions_ref[head], terms_ref[head, 0:1], terms_ref[head, 1:2])
 
 
 def _attend_backward(
@@ -334,8 +308,8 @@ def _attend_backward(
     batch, chunks = rows.shape[:2]
     heads, dim, splats = directions.shape
     specs = _specs(sizes, lambda step: chunks - 1 - step)
-    tokens, in_specs = _with_chunk_before(sizes, specs, (query, key, value))
-    carried = [pltpu.VMEM((sizes.chunk, _LANES), jnp.float32)] * 2 if sizes.window else []
+    tokens, in_specs = _at_hand(sizes, specs, query, key, value)
+    carried = [pltpu.VMEM((sizes.chunks_before * CHUNK, _LANES), jnp.float32)] * 2 if sizes.window else []
     of_query, of_key, of_value, of_directions, of_terms = _call(
         sizes,
         _backward_kernel,
@@ -368,12 +342,11 @@ def _attend_backward(
 
 
 def _backward_kernel(*refs: Any, sizes: Sizes) -> None:
-    inputs = 5 if sizes.window else 3
-    rows_ref, directions_ref, terms_ref, kv_start_ref, start_ref, of_output_ref, of_kv_ref, of_sums_ref = refs[
-        inputs : inputs + 8
-    ]
-    of_query_ref, of_key_ref, of_value_ref, of_directions_ref, of_terms_ref = refs[inputs + 8 : inputs + 13]
-    carried_kv, carried_z, *carried_tokens = refs[inputs + 13 :]
+    inputs = 3 + 2 * sizes.chunks_before
+    rows_ref, directions_ref, terms_ref, kv_starts_ref, starts_ref, *refs_after = refs[inputs:]
+    of_output_ref, of_kv_ref, of_sums_ref, of_query_ref, of_key_ref, of_value_ref, *refs_after = refs_after
+    of_directions_ref, of_terms_ref, carried_kv, carried_z, *carried_tokens = refs_after
+    heads = range(sizes.heads)
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
@@ -384,49 +357,59 @@ def _backward_kernel(*refs: Any, sizes: Sizes) -> None:
         for ref in carried_tokens:
             ref[...] = jnp.zeros_like(ref)
 
-    slots = Slots.from_rows(rows_ref[0, 0])
-    gradients = []
-    for head in range(sizes.heads):
-        tokens = _tokens(refs[:inputs], slots, head, sizes)
-        splats = HeadSplats(directions_ref[head], terms_ref[head, 0:1], terms_ref[head, 1:2])
-        kv, m, z = kv_start_ref[0, head, 0], start_ref[0, head, 0, 0:1], start_ref[0, head, 0, 1:2]
-        lanes = slice(head * sizes.head_dim, (head + 1) * sizes.head_dim)
-        of_output = of_output_ref[0, :, lanes].astype(jnp.float32)
+    slots = Slots.from_rows(rows_ref[0, 0], sizes.chunks_before)
+    tokens = [_tokens(sizes, refs[:inputs], head) for head in heads]
+    features, pull_features = zip(
+        *(
+            jax.vjp(
+                functools.partial(kernel_chunk.features, window=sizes.window),
+                *tokens[head][:2],
+                _splats(directions_ref, terms_ref, head),
+            )
+            for head in heads
+        ),
+        strict=True,
+    )
+    starts = [starts_ref[0, head, 0, 0:1] for head in heads]
+    of_keys = [keys for _, keys in features]
+    bases = kernel_chunk.bases(of_keys, starts, slots)
 
-        scores = functools.partial(_scores, m=m, slots=slots, sizes=sizes)
-        (near, read, add), pull_scores, last = jax.vjp(scores, tokens.query, tokens.keys, splats, has_aux=True)
-        near_top = _near_top(near, sizes.chunk)
-        top, factor, within = _weights(read, add, near_top, slots, sizes)
+    def finish(way: Way) -> None:
+        gradients = []
+        for head in heads:
+            chunk = Chunk(*tokens[head], *features[head], kv_starts_ref[0, head, 0], starts_ref[0, head, 0, 1:2])
+            attend = functools.partial(
+                kernel_chunk.attend,
+                base=bases[head],
+                start=starts[head],
+                slots=slots,
+                way=way,
+                window=sizes.window,
+                narrow=sizes.narrow,
+            )
+            _, pull, carry = jax.vjp(attend, chunk, has_aux=True)
+            after = carried_kv[head], carried_z[head]
+            (found,) = pull((of_output_ref[0, :, _lanes(sizes, head)].astype(jnp.float32), *after))
+            carried_kv[head], carried_z[head] = found.kv + carry.kept * after[0], found.z + carry.kept * after[1]
+            of_query, of_keys, of_splats = pull_features[head]((found.of_queries, found.of_keys))
+            of_directions_ref[0, head] += of_splats.directions
+            of_terms_ref[0, head] += jnp.concatenate([of_splats.of_norm, of_splats.of_query])
+            gradients.append((found.query + of_query, found.keys + of_keys, found.values))
+        queries, keys, values = (jnp.concatenate(parts, axis=1) for parts in zip(*gradients, strict=True))
+        of_query_ref[0] = queries.astype(of_query_ref.dtype)
+        own = sizes.chunks_before * CHUNK
+        for i, (ref, of_slots) in enumerate(((of_key_ref, keys), (of_value_ref, values))):
+            of_own = of_slots[own:]
+            if carried_tokens:
+                # What later chunks had to say, of the slots before theirs: the last of them are this chunk's own.
+                carried = carried_tokens[i][...]
+                of_own += carried[own - CHUNK :]
+                carried_tokens[i][:CHUNK] = of_slots[:CHUNK]
+                if own > CHUNK:
+                    carried_tokens[i][CHUNK:] = of_slots[CHUNK:own] + carried[: own - CHUNK]
+            ref[0] = of_own.astype(ref.dtype)
 
-        def mix(near, factor, within, values, kv, z, top=top):
-            return kernel_chunk.output(near, top, factor, within, values, kv, z, slots, sizes.window, sizes.narrow)
-
-        def add_up(add, values, m=m, last=last):
-            left = kernel_chunk.leaving(values, sizes.window)
-            _, kept, *new = kernel_chunk.sums(add, left, last, m, slots, sizes.narrow)
-            return tuple(new), kept
-
-        _, pull_output = jax.vjp(mix, near, factor, within, tokens.values, kv, z)
-        of_near, of_factor, of_within, of_values, of_kv, of_z = pull_output(of_output)
-        _, pull_sums, kept = jax.vjp(add_up, add, tokens.values, has_aux=True)
-        after = carried_kv[head], carried_z[head]
-        of_add, of_added_values = pull_sums(after)
-        carried_kv[head], carried_z[head] = of_kv + kept * after[0], of_z + kept * after[1]
-        of_read, of_added = _weights_backward(read, add, near_top, slots, sizes, of_factor, of_within)
-        of_query, of_keys, of_splats = pull_scores((of_near, of_read, of_add + of_added))
-        of_directions_ref[0, head] += of_splats.directions
-        of_terms_ref[0, head] += jnp.concatenate([of_splats.of_norm, of_splats.of_query])
-        # Of the raw arrays: padding was replaced by zeros.
-        gradients.append((of_query, of_keys, of_values + of_added_values))
-    queries, keys, values = (jnp.concatenate(parts, axis=1) for parts in zip(*gradients, strict=True))
-    of_query_ref[0] = jnp.where(slots.segments != 0, queries, 0).astype(of_query_ref.dtype)
-    for ref, found, carried in zip(
-        (of_key_ref, of_value_ref), (keys, values), (carried_tokens or (None, None)), strict=True
-    ):
-        if carried is not None:
-            before, found = found[: sizes.chunk], found[sizes.chunk :] + carried[...]
-            carried[...] = before
-        ref[0] = jnp.where(slots.segments != 0, found, 0).astype(ref.dtype)
+    _either_way(of_keys, bases, slots, finish)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -3,26 +3,30 @@ kernels of `gsa_jax.ops.kernel` are made of.
 
 It is that of `gsa_jax.ops.chunk` and `gsa_jax.ops.steep`, in what a TPU's kernel can hold: every array has two axes,
 and a document is a range of slots instead of a number, so that masks are comparisons with counters. A chunk of C slots
-has the C slots before it at hand if there is a window at all. The forward kernel calls these functions, and the
-backward one the same under `jax.vjp`.
+has K slots at hand, its own and whole chunks before it. The forward kernel calls these functions, and the backward one
+the same under `jax.vjp`.
 
 May be changed here: what a kernel computes of a chunk.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.ops.precision import EXPONENTS
 from gsa_jax.ops.state import FLOOR, exp_relative
 from gsa_jax.ops.steep import STEEP
 
+CHUNK = 128
+"""Slots of a chunk: what fills the lanes of a vector register."""
+
 SLOT_ROWS = 8
-"""Rows of the array that describes the slots of a chunk: the columns of `Slots`, and one to make a whole tile."""
+"""Rows of the array that describes the slots of a chunk, in the order of `Slots.from_rows`."""
 
 
 class Slots(NamedTuple):
@@ -30,29 +34,34 @@ class Slots(NamedTuple):
 
     Attributes:
         segments: document of the slot's token, 0 for padding.
-        before: those of the chunk before.
-        left: 1 where a key leaves the window.
         start: first slot of the run; -1 if it began before the chunk, so that sums of the state are of its document.
         end: last slot of the run within the chunk.
         first: slot at which the run's first key in this chunk left, or -1 if none has yet.
-        reads: 1 where the token is of the document that keys have reached.
-        of_keys: segments of the slots before and of the chunk's own, -1 for padding.
+        left: whether a key leaves the window.
+        reads: whether the token is of the document that keys have reached.
+        of_keys: segments of the slots at hand, -1 for padding.
+        begins: whether any run takes the feature of its first key as its base.
     """
 
     segments: Int[Array, "C 1"]
-    before: Int[Array, "C 1"]
-    left: Int[Array, "C 1"]
     start: Int[Array, "C 1"]
     end: Int[Array, "C 1"]
     first: Int[Array, "C 1"]
-    reads: Int[Array, "C 1"]
-    of_keys: Int[Array, "1 2*C"]
+    left: Bool[Array, "C 1"]
+    reads: Bool[Array, "C 1"]
+    of_keys: Int[Array, "1 K"]
+    begins: Bool[Array, ""]
 
     @classmethod
-    def from_rows(cls, rows: Int[Array, "8 C"]) -> "Slots":
+    def from_rows(cls, rows: Int[Array, "8 C"], chunks_before: int) -> "Slots":
+        """From rows: segments, those of the chunk before and of the one before that, start, end, first, left plus twice
+        reads, begins."""
         columns = rows.T
-        of_keys = jnp.concatenate([rows[1:2], rows[0:1]], axis=1)
-        return cls(*(columns[:, i : i + 1] for i in range(7)), of_keys=jnp.where(of_keys == 0, -1, of_keys))
+        segments, _, _, start, end, first, flags, _ = (columns[:, i : i + 1] for i in range(SLOT_ROWS))
+        of_keys = jnp.concatenate([rows[i : i + 1] for i in range(chunks_before, -1, -1)], axis=1)
+        of_keys = jnp.where(of_keys == 0, -1, of_keys)
+        begins = jnp.max(rows[7:8]) != 0
+        return cls(segments, start, end, first, (flags & 1) != 0, flags >= 2, of_keys, begins)
 
 
 class HeadSplats(NamedTuple):
@@ -62,6 +71,9 @@ class HeadSplats(NamedTuple):
     of_norm: Float[Array, "1 S"]
     of_query: Float[Array, "1 S"]
 
+
+Way = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+"""`level_weights` or `steep_weights`."""
 
 Kind = Literal["ab", "abt", "atb"]
 _CONTRACTED = {"ab": ((1,), (0,)), "abt": ((1,), (1,)), "atb": ((0,), (0,))}
@@ -101,57 +113,150 @@ def _counters(size: int) -> tuple[Int[Array, "C 1"], Int[Array, "1 C"]]:
     return jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0), jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
 
 
-def without_padding(x: Float[Array, "C D"], segments: Int[Array, "C 1"]) -> Float[Array, "C D"]:
-    """Float32, with zeros in place of whatever padding holds."""
-    return jnp.where(segments != 0, x.astype(jnp.float32), 0)
-
-
 def leaving(x: Float[Array, "K D"], window: int) -> Float[Array, "C D"]:
-    """Of the slots before and the chunk's own, or the latter alone without a window: those that leave the window."""
-    size = len(x) // 2 if window else len(x)
-    return x[size - window : 2 * size - window] if window else x
+    """Of the slots at hand, those that leave the window."""
+    stop = len(x) - window
+    return x[stop - CHUNK : stop]
 
 
 def features(
-    query: Float[Array, "C D"], left: Float[Array, "C D"], splats: HeadSplats, m: Float[Array, "1 S"], slots: Slots
-) -> tuple[Float[Array, "C S"], Float[Array, "C S"], Float[Array, "1 S"]]:
-    """`read`, `add` and `last` of `gsa_jax.ops.chunk.Factors`, whose base is found as there.
-
-    Args:
-        left: keys that leave the window.
-        m: the maximum before the chunk.
-    """
+    query: Float[Array, "C D"], keys: Float[Array, "K D"], splats: HeadSplats, window: int
+) -> tuple[Float[Array, "C S"], Float[Array, "C S"]]:
+    """Log features of queries, and of the keys that leave the window, if there are any."""
 
     def log_gaussians(x: jax.Array) -> jax.Array:
         squares = jnp.sum(x * x, axis=1, keepdims=True)
         return product(x, splats.directions, "ab", False) + splats.of_norm * squares
 
-    queries = log_gaussians(query) + splats.of_query
-    keys = log_gaussians(left)
-    goes_on, has_key = slots.start < 0, slots.first >= 0
-    # The row of the run's first key, by a product with 0 and 1 that keeps all bits.
-    _, across = _counters(len(query))
-    known = jnp.where(slots.left != 0, jax.lax.stop_gradient(keys), 0)
-    opening = product(jnp.where(across == slots.first, 1.0, 0.0), known, "ab", False)
-    base = jnp.where(goes_on, m, FLOOR)
-    base = jnp.where(base > FLOOR, base, jnp.where(has_key, opening, FLOOR))
-    base = jax.lax.stop_gradient(base)
-    read = jnp.where((base > FLOOR) & (slots.reads != 0), queries + base, -jnp.inf)
-    return read, jnp.where(slots.left != 0, keys - base, -jnp.inf), base[-1:]
+    return log_gaussians(query) + splats.of_query, log_gaussians(leaving(keys, window))
 
 
-def near(
-    query: Float[Array, "C D"], keys: Float[Array, "2*C D"], slots: Slots, window: int, narrow: bool
-) -> Float[Array, "C 2*C"]:
+def bases(
+    of_keys: Sequence[Float[Array, "C S"]], starts: Sequence[Float[Array, "1 S"]], slots: Slots
+) -> list[Float[Array, "C S"]]:
+    """What the features of each head are relative to at each slot, as in `gsa_jax.ops.chunk.Factors`.
+
+    Args:
+        of_keys: features of the keys that leave the window, of each head.
+        starts: maxima before the chunk, of each head.
+    """
+
+    def with_openings() -> tuple[jax.Array, ...]:
+        # The row of the run's first key, by a product with 0 and 1 that keeps all bits.
+        _, across = _counters(CHUNK)
+        chosen = jnp.where(across == slots.first, 1.0, 0.0)
+        found = (product(chosen, jnp.where(slots.left, keys, 0), "ab", False) for keys in of_keys)
+        return tuple(jnp.where(slots.first >= 0, x, FLOOR) for x in found)
+
+    def without() -> tuple[jax.Array, ...]:
+        return tuple(jnp.full_like(keys, FLOOR) for keys in of_keys)
+
+    openings = jax.lax.cond(slots.begins, with_openings, without)
+    return [
+        jnp.where((slots.start < 0) & (start > FLOOR), start, opening)
+        for start, opening in zip(starts, openings, strict=True)
+    ]
+
+
+def add_factor(of_keys: Float[Array, "C S"], base: Float[Array, "C S"], slots: Slots) -> Float[Array, "C S"]:
+    """`add` of `gsa_jax.ops.chunk.Factors`."""
+    return jnp.where(slots.left, of_keys - base, -jnp.inf)
+
+
+class Chunk(NamedTuple):
+    """What outputs and sums of a chunk are made of.
+
+    Attributes:
+        query: queries.
+        keys: keys of the slots at hand.
+        values: their values.
+        of_queries: log features.
+        of_keys: those of the keys that leave the window.
+        kv: the sums before the chunk, transposed.
+        z: the sums before the chunk.
+    """
+
+    query: Float[Array, "C D"]
+    keys: Float[Array, "K D"]
+    values: Float[Array, "K D"]
+    of_queries: Float[Array, "C S"]
+    of_keys: Float[Array, "C S"]
+    kv: Float[Array, "D S"]
+    z: Float[Array, "1 S"]
+
+
+class Carry(NamedTuple):
+    """How the sums go on: the maximum at the end of the chunk, and the factor of the sums before it."""
+
+    end: Float[Array, "1 S"]
+    kept: Float[Array, "1 S"]
+
+
+def attend(
+    chunk: Chunk,
+    base: Float[Array, "C S"],
+    start: Float[Array, "1 S"],
+    slots: Slots,
+    way: Way,
+    window: int,
+    narrow: bool,
+) -> tuple[tuple[Float[Array, "C D"], Float[Array, "D S"], Float[Array, "1 S"]], Carry]:
+    """Outputs, what the chunk adds to `kv` and `z`, and how those go on.
+
+    Args:
+        base: what features are relative to, a constant to the gradient.
+        start: the maximum before the chunk.
+        way: how the weights of the chunk's own keys are computed.
+        narrow: whether matrix products take operands rounded to bfloat16.
+    """
+    reads = (base > FLOOR) & slots.reads
+    read = jnp.where(reads, chunk.of_queries + base, -jnp.inf)
+    add = add_factor(chunk.of_keys, base, slots)
+    left = leaving(chunk.values, window)
+
+    near = _near(chunk.query, chunk.keys, slots, window, narrow) if window else None
+    near_top = FLOOR if near is None else jnp.maximum(jnp.max(near, axis=1, keepdims=True), FLOOR)
+    top, factor, within = way(read, add, near_top, slots, narrow)
+
+    goes_on = slots.start < 0
+    numerator = product(within, left, "ab", narrow)
+    numerator += jnp.where(goes_on, product(factor, chunk.kv, "abt", narrow), 0)
+    denominator = jnp.sum(within, axis=1, keepdims=True)
+    denominator += jnp.where(goes_on, jnp.sum(factor * chunk.z, axis=1, keepdims=True), 0)
+    if near is not None:
+        weights = jnp.exp(near - top)
+        numerator += product(weights, chunk.values, "ab", narrow)
+        denominator += jnp.sum(weights, axis=1, keepdims=True)
+    # As `gsa_jax.ops.state.weighted_mean`.
+    scale = jax.lax.stop_gradient(1 / jnp.maximum(denominator, -1 / FLOOR))
+    output = numerator * (scale / jnp.where(denominator > 0, denominator * scale, 1))
+
+    down, _ = _counters(CHUNK)
+    last = slots.start[-1:]
+    added = jnp.where(down >= last, add, -jnp.inf)
+    before = jnp.where(last < 0, start, FLOOR)
+    end = jnp.maximum(before, base[-1:] + jax.lax.stop_gradient(jnp.max(added, axis=0, keepdims=True)))
+    added = exp_relative(added + (base[-1:] - end))
+    sums = product(left, added, "atb", narrow), jnp.sum(added, axis=0, keepdims=True)
+    return (output, *sums), Carry(end, exp_relative(before - end))
+
+
+def _near(
+    query: Float[Array, "C D"], keys: Float[Array, "K D"], slots: Slots, window: int, narrow: bool
+) -> Float[Array, "C K"]:
     """Exact scores."""
-    down, _ = _counters(len(query))
-    distance = down + len(query) - jax.lax.broadcasted_iota(jnp.int32, (1, len(keys)), 1)
+    down, _ = _counters(CHUNK)
+    distance = down + (len(keys) - CHUNK) - jax.lax.broadcasted_iota(jnp.int32, (1, len(keys)), 1)
     exactly = (distance >= 0) & (distance < window) & (slots.of_keys == slots.segments)
     return jnp.where(exactly, product(query, keys, "abt", narrow), -jnp.inf)
 
 
 def level_weights(
-    read: Float[Array, "C S"], add: Float[Array, "C S"], near_top: Float[Array, "C 1"], slots: Slots, narrow: bool
+    read: Float[Array, "C S"],
+    add: Float[Array, "C S"],
+    near_top: Float[Array, "C 1"] | float,
+    slots: Slots,
+    narrow: bool,
 ) -> tuple[Float[Array, "C 1"], Float[Array, "C S"], Float[Array, "C C"]]:
     """As `gsa_jax.ops.steep.level_weights`."""
     top = jax.lax.stop_gradient(jnp.maximum(near_top, jnp.max(read, axis=1, keepdims=True)))
@@ -159,7 +264,11 @@ def level_weights(
 
 
 def steep_weights(
-    read: Float[Array, "C S"], add: Float[Array, "C S"], near_top: Float[Array, "C 1"], slots: Slots, narrow: bool
+    read: Float[Array, "C S"],
+    add: Float[Array, "C S"],
+    near_top: Float[Array, "C 1"] | float,
+    slots: Slots,
+    narrow: bool,
 ) -> tuple[Float[Array, "C 1"], Float[Array, "C S"], Float[Array, "C C"]]:
     """As `gsa_jax.ops.steep.steep_weights`."""
     reached = _running_maximum(jax.lax.stop_gradient(add), slots)
@@ -222,61 +331,3 @@ def _by_halves(
         reached = jnp.where(is_later, reached, pltpu.roll(reached, size - half, 0))
         half *= 2
     return weights
-
-
-def output(
-    near: Float[Array, "C 2*C"] | None,
-    top: Float[Array, "C 1"],
-    factor: Float[Array, "C S"],
-    within: Float[Array, "C C"],
-    values: Float[Array, "K D"],
-    kv: Float[Array, "D S"],
-    z: Float[Array, "1 S"],
-    slots: Slots,
-    window: int,
-    narrow: bool,
-) -> Float[Array, "C D"]:
-    """As `gsa_jax.ops.chunk.output`.
-
-    Args:
-        values: of the slots before and the chunk's own; of the latter alone without a window.
-        kv: the sums of the state, transposed.
-    """
-    goes_on = slots.start < 0
-    numerator = product(within, leaving(values, window), "ab", narrow)
-    numerator += jnp.where(goes_on, product(factor, kv, "abt", narrow), 0)
-    denominator = jnp.sum(within, axis=1, keepdims=True)
-    denominator += jnp.where(goes_on, jnp.sum(factor * z, axis=1, keepdims=True), 0)
-    if near is not None:
-        weights = jnp.exp(near - top)
-        numerator += product(weights, values, "ab", narrow)
-        denominator += jnp.sum(weights, axis=1, keepdims=True)
-    # As `gsa_jax.ops.state.weighted_mean`.
-    scale = jax.lax.stop_gradient(1 / jnp.maximum(denominator, -1 / FLOOR))
-    return numerator * scale / jnp.where(denominator > 0, denominator * scale, 1)
-
-
-def sums(
-    add: Float[Array, "C S"],
-    left: Float[Array, "C D"],
-    last: Float[Array, "1 S"],
-    m: Float[Array, "1 S"],
-    slots: Slots,
-    narrow: bool,
-) -> tuple[Float[Array, "1 S"], Float[Array, "1 S"], Float[Array, "D S"], Float[Array, "1 S"]]:
-    """The maximum at the end of the chunk, and what the chunk does to the sums, as `gsa_jax.ops.chunk.Sums`: the factor
-    of those before it, and what is added to `kv`, transposed, and to `z`.
-
-    Args:
-        left: values that leave the window.
-        last: base of the last run.
-        m: the maximum before the chunk.
-    """
-    down, _ = _counters(len(add))
-    start = slots.start[-1:]
-    added = jnp.where(down >= start, add, -jnp.inf)
-    before = jnp.where(start < 0, m, FLOOR)
-    end = jnp.maximum(before, last + jax.lax.stop_gradient(jnp.max(added, axis=0, keepdims=True)))
-    added = exp_relative(added + (last - end))
-    new = product(left, added, "atb", narrow), jnp.sum(added, axis=0, keepdims=True)
-    return end, exp_relative(before - end), *new
