@@ -32,7 +32,6 @@ from gsa_jax.ops.state import (
     query_terms,
     without_paddings,
 )
-from gsa_jax.ops.steep import STEEP
 
 _LANES = 128
 
@@ -117,7 +116,7 @@ def _slot_rows(segments: Int[Array, "B T"], length: int, sizes: Sizes) -> Int[Ar
     start = jnp.where(reached.goes_on, -1, reached.first)
     end = jnp.sum(reached.document[..., None, :] <= reached.document[..., None], axis=-1) - 1
     first = jnp.where(reached.has_key, reached.first, -1)
-    flags = (left != 0) + 2 * (reached.document == segments)
+    flags = jnp.where(left != 0, 1, 0) + jnp.where(reached.document == segments, 2, 0)
     some = jnp.cumsum(jnp.any(left != 0, axis=2), axis=1)
     known = jnp.pad(some[:, :-1], [(0, 0), (1, 0)])[..., None] != 0
     begins = jnp.any(reached.has_key & ~(reached.goes_on & known), axis=2, keepdims=True)
@@ -248,8 +247,7 @@ def _either_way(
 ) -> None:
     """Does the rest of a chunk the way that its features need; decided for all heads of a program at once, so that the
     rest is one block of instructions to the scheduler."""
-    rises = [jnp.max(kernel_chunk.add_factor(keys, base, slots)) for keys, base in zip(of_keys, bases, strict=True)]
-    steep = functools.reduce(jnp.maximum, rises) >= STEEP
+    steep = kernel_chunk.is_steep(of_keys, bases, slots)
     pl.when(steep)(lambda: finish(kernel_chunk.steep_weights))
     pl.when(jnp.logical_not(steep))(lambda: finish(kernel_chunk.level_weights))
 

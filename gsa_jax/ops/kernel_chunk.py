@@ -86,7 +86,7 @@ def product(a: Float[Array, "..."], b: Float[Array, "..."], kind: Kind, narrow: 
     if narrow:
         a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
     axes = (_CONTRACTED[kind], ((), ()))
-    precision = None if narrow else EXPONENTS
+    precision = jax.lax.Precision.DEFAULT if narrow else EXPONENTS
     return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
@@ -158,9 +158,12 @@ def bases(
     ]
 
 
-def add_factor(of_keys: Float[Array, "C S"], base: Float[Array, "C S"], slots: Slots) -> Float[Array, "C S"]:
-    """`add` of `gsa_jax.ops.chunk.Factors`."""
-    return jnp.where(slots.left, of_keys - base, -jnp.inf)
+def is_steep(
+    of_keys: Sequence[Float[Array, "C S"]], found: Sequence[Float[Array, "C S"]], slots: Slots
+) -> Bool[Array, ""]:
+    """Whether any head needs `steep_weights`, given its `bases`."""
+    rises = (jnp.where(slots.left, keys - base, -jnp.inf) for keys, base in zip(of_keys, found, strict=True))
+    return functools.reduce(jnp.maximum, map(jnp.max, rises)) >= STEEP
 
 
 class Chunk(NamedTuple):
@@ -209,14 +212,13 @@ def attend(
         way: how the weights of the chunk's own keys are computed.
         narrow: whether matrix products take operands rounded to bfloat16.
     """
-    reads = (base > FLOOR) & slots.reads
-    read = jnp.where(reads, chunk.of_queries + base, -jnp.inf)
-    add = add_factor(chunk.of_keys, base, slots)
+    queries = jnp.where((base > FLOOR) & slots.reads, chunk.of_queries, -jnp.inf)
+    keys = jnp.where(slots.left, chunk.of_keys, -jnp.inf)
     left = leaving(chunk.values, window)
 
     near = _near(chunk.query, chunk.keys, slots, window, narrow) if window else None
     near_top = FLOOR if near is None else jnp.maximum(jnp.max(near, axis=1, keepdims=True), FLOOR)
-    top, factor, within = way(read, add, near_top, slots, narrow)
+    top, factor, within = way(queries, keys, base, near_top, slots, narrow)
 
     goes_on = slots.start < 0
     numerator = product(within, left, "ab", narrow)
@@ -233,10 +235,10 @@ def attend(
 
     down, _ = _counters(CHUNK)
     last = slots.start[-1:]
-    added = jnp.where(down >= last, add, -jnp.inf)
+    of_last = jnp.where(down >= last, keys, -jnp.inf)
     before = jnp.where(last < 0, start, FLOOR)
-    end = jnp.maximum(before, base[-1:] + jax.lax.stop_gradient(jnp.max(added, axis=0, keepdims=True)))
-    added = exp_relative(added + (base[-1:] - end))
+    end = jnp.maximum(before, jax.lax.stop_gradient(jnp.max(of_last, axis=0, keepdims=True)))
+    added = exp_relative(of_last - end)
     sums = product(left, added, "atb", narrow), jnp.sum(added, axis=0, keepdims=True)
     return (output, *sums), Carry(end, exp_relative(before - end))
 
@@ -252,34 +254,46 @@ def _near(
 
 
 def level_weights(
-    read: Float[Array, "C S"],
-    add: Float[Array, "C S"],
+    queries: Float[Array, "C S"],
+    keys: Float[Array, "C S"],
+    base: Float[Array, "C S"],
     near_top: Float[Array, "C 1"] | float,
     slots: Slots,
     narrow: bool,
 ) -> tuple[Float[Array, "C 1"], Float[Array, "C S"], Float[Array, "C C"]]:
-    """As `gsa_jax.ops.steep.level_weights`."""
+    """As `gsa_jax.ops.steep.level_weights`.
+
+    Args:
+        queries: log features of queries, -inf where no far key can be read.
+        keys: those of the keys that leave the window, -inf where none does.
+        base: what both are relative to in a factor.
+    """
+    read = queries + base
     top = jax.lax.stop_gradient(jnp.maximum(near_top, jnp.max(read, axis=1, keepdims=True)))
-    return top, *_factorised(read - top, add, slots, narrow)
+    return top, *_factorised(read - top, keys - base, slots, narrow)
 
 
 def steep_weights(
-    read: Float[Array, "C S"],
-    add: Float[Array, "C S"],
+    queries: Float[Array, "C S"],
+    keys: Float[Array, "C S"],
+    base: Float[Array, "C S"],
     near_top: Float[Array, "C 1"] | float,
     slots: Slots,
     narrow: bool,
 ) -> tuple[Float[Array, "C 1"], Float[Array, "C S"], Float[Array, "C C"]]:
-    """As `gsa_jax.ops.steep.steep_weights`."""
-    reached = _running_maximum(jax.lax.stop_gradient(add), slots)
-    level = jnp.max(reached, axis=1, keepdims=True) < STEEP
-    reached = jnp.maximum(reached, 0)
+    """As `gsa_jax.ops.steep.steep_weights`; arguments as above.
+
+    Where features have risen far above their base, neither is added to it: the sum would lose the bits that count.
+    """
+    read, add = queries + base, keys - base
+    reached = _running_maximum(jax.lax.stop_gradient(keys), slots)
+    level = jnp.max(reached - base, axis=1, keepdims=True) < STEEP
+    reached = jnp.maximum(reached, base)
     level_top = jnp.maximum(near_top, jnp.max(read, axis=1, keepdims=True))
-    steep_top = jnp.maximum(near_top, jnp.max(read + reached, axis=1, keepdims=True))
+    steep_top = jnp.maximum(near_top, jnp.max(queries + reached, axis=1, keepdims=True))
     top = jax.lax.stop_gradient(jnp.where(level, level_top, steep_top))
-    relative = read - top
-    factor, within = _factorised(relative, add, slots, narrow)
-    return top, factor, jnp.where(level, within, _by_halves(relative, add, reached, slots, narrow))
+    factor, within = _factorised(read - top, add, slots, narrow)
+    return top, factor, jnp.where(level, within, _by_halves(queries - top, keys, reached, slots, narrow))
 
 
 def _factorised(
@@ -287,24 +301,24 @@ def _factorised(
 ) -> tuple[Float[Array, "C S"], Float[Array, "C C"]]:
     factor = exp_relative(relative)
     added = jnp.exp(jnp.where(add < STEEP, add, -jnp.inf))
-    down, across = _counters(len(relative))
+    down, across = _counters(CHUNK)
     causal = (across <= down) & (across >= slots.start)
     return factor, jnp.where(causal, product(factor, added, "abt", narrow), 0)
 
 
 def _running_maximum(x: Float[Array, "C S"], slots: Slots) -> Float[Array, "C S"]:
     """Maximum over the slots so far of the same run."""
-    down, _ = _counters(len(x))
+    down, _ = _counters(CHUNK)
     so_far = down - jnp.maximum(slots.start, 0)
     distance = 1
-    while distance < len(x):
+    while distance < CHUNK:
         x = jnp.maximum(x, jnp.where(so_far >= distance, pltpu.roll(x, distance, 0), -jnp.inf))
         distance *= 2
     return x
 
 
 def _by_halves(
-    relative: Float[Array, "C S"], add: Float[Array, "C S"], reached: Float[Array, "C S"], slots: Slots, narrow: bool
+    queries: Float[Array, "C S"], keys: Float[Array, "C S"], reached: Float[Array, "C S"], slots: Slots, narrow: bool
 ) -> Float[Array, "C C"]:
     """As `gsa_jax.ops.steep.pairs_within`, with other exponents r: where a later half reads an earlier one, r is what
     features have reached at the end of the earlier half.
@@ -312,22 +326,21 @@ def _by_halves(
     That is at most what they have reached at any token of the later half, so both factors are at most 1. A pair that
     counts is far from underflow in both: their exponents are at most 0, and their sum is the pair's own exponent.
     """
-    size = len(relative)
-    down, across = _counters(size)
-    own = jnp.sum(exp_relative(relative + add), axis=1, keepdims=True)
+    down, across = _counters(CHUNK)
+    own = jnp.sum(exp_relative(queries + keys), axis=1, keepdims=True)
     weights = jnp.where(across == down, own, 0)
     half = 1
-    while half < size:
+    while half < CHUNK:
         is_later = (down & half) != 0
         last = (down & -2 * half) + half - 1  # of the earlier half
         r = jnp.where(is_later, pltpu.roll(reached, half, 0), reached)
         reads = is_later & (slots.start <= last)
         adds = ~is_later & (slots.end >= last)
-        later = exp_relative(jnp.where(reads, relative + r, -jnp.inf))
-        earlier = exp_relative(jnp.where(adds, add - r, -jnp.inf))
+        later = exp_relative(jnp.where(reads, queries + r, -jnp.inf))
+        earlier = exp_relative(jnp.where(adds, keys - r, -jnp.inf))
         together = (down & -2 * half) == (across & -2 * half)
         weights += jnp.where(together, product(later, earlier, "abt", narrow), 0)
         # From here on `reached` is, in each block of both halves, what it is at the block's end.
-        reached = jnp.where(is_later, reached, pltpu.roll(reached, size - half, 0))
+        reached = jnp.where(is_later, reached, pltpu.roll(reached, CHUNK - half, 0))
         half *= 2
     return weights
