@@ -96,7 +96,7 @@ def splat_attention(
         initial_state: what an earlier call returned for the tokens before these.
         implementation: `None` is "recurrent" for one token that continues a state, otherwise "chunked".
         chunk_size: tokens per chunk of "chunked"; affects speed and memory, results only in rounding. What suits the
-            platform if None.
+            platform if None; on a TPU that is a kernel of its own.
         chunks_at_once: chunks that are computed in one product; likewise.
         attention_implementation: how "chunked" computes what is exact attention, because the window holds everything or
             there are no splats: `gsa_jax.ops.flash`.

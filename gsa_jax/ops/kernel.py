@@ -20,8 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from gsa_jax.ops import kernel_chunk
-from gsa_jax.ops.kernel_chunk import CHUNK, SLOT_ROWS, Chunk, HeadSplats, Slots, Way
-from gsa_jax.ops.segments import documents_before, reached_by
+from gsa_jax.ops.kernel_chunk import CHUNK, SLOT_ROWS, Chunk, HeadSplats, Slots, Way, slot_rows
 from gsa_jax.ops.state import (
     FLOOR,
     Splats,
@@ -91,37 +90,15 @@ def kernel_attention(
     terms = jnp.stack([jnp.pad(of_norm, [(0, 0), (0, more_splats)]), of_query], axis=1)
     terms = jnp.pad(terms, [(0, more_heads), (0, 0), (0, 0)])
     query, key, value = (without_paddings(x, segments) for x in (query, key, value))
-    rows = _slot_rows(jnp.pad(segments, [(0, 0), (0, more_slots)]), length, sizes)
-    output, kv, kv_rest, sums = _attend(
-        sizes, *map(flat, (query, key, value)), rows, jnp.swapaxes(directions, 1, 2), terms
-    )
+    rows = slot_rows(jnp.pad(segments, [(0, 0), (0, more_slots)]), length, window)
+    results: Any = _attend(sizes, *map(flat, (query, key, value)), rows, jnp.swapaxes(directions, 1, 2), terms)
+    output, kv, kv_rest, sums = results
     output = output.reshape(batch, length + more_slots, heads + more_heads, wide)[:, :length, :heads, :head_dim]
     kv, kv_rest = (jnp.swapaxes(x[:, :heads, :head_dim, :num_splats], 2, 3) for x in (kv, kv_rest))
     m, z, z_rest = (sums[:, :heads, i, :num_splats] for i in range(3))
     final = append_to_windows(state, key, value, segments)
     final = dataclasses.replace(final, kv=kv, kv_rest=kv_rest, z=z, z_rest=z_rest, m=jax.lax.stop_gradient(m))
     return output.astype(jnp.float32), final
-
-
-def _slot_rows(segments: Int[Array, "B T"], length: int, sizes: Sizes) -> Int[Array, "B N 8 C"]:
-    """The slots of each of N chunks, as `Slots.from_rows` reads them. No key leaves at slots past the `length`."""
-    batch, padded = segments.shape
-    left = jnp.pad(segments, [(0, 0), (sizes.window, 0)])[:, :padded]
-    left = jnp.where(jnp.arange(padded) < length, left, 0)
-    segments, left = (x.reshape(batch, -1, CHUNK) for x in (segments, left))
-    before = (jnp.pad(segments, [(0, 0), (i, 0), (0, 0)])[:, : segments.shape[1]] for i in (1, 2))
-    # Without `segment_ids` a row is document 1, and with them the state before is empty.
-    documents = documents_before(left, jnp.ones(batch, left.dtype))
-    reached = jax.vmap(jax.vmap(reached_by))(left, documents)
-    start = jnp.where(reached.goes_on, -1, reached.first)
-    end = jnp.sum(reached.document[..., None, :] <= reached.document[..., None], axis=-1) - 1
-    first = jnp.where(reached.has_key, reached.first, -1)
-    flags = jnp.where(left != 0, 1, 0) + jnp.where(reached.document == segments, 2, 0)
-    some = jnp.cumsum(jnp.any(left != 0, axis=2), axis=1)
-    known = jnp.pad(some[:, :-1], [(0, 0), (1, 0)])[..., None] != 0
-    begins = jnp.any(reached.has_key & ~(reached.goes_on & known), axis=2, keepdims=True)
-    rows = segments, *before, start, end, first, flags, jnp.broadcast_to(begins, left.shape)
-    return jnp.stack([x.astype(jnp.int32) for x in rows], axis=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -133,8 +110,9 @@ def _attend(
     rows: Int[Array, "B N 8 C"],
     directions: Float[Array, "H D S"],
     terms: Float[Array, "H 2 S"],
-) -> tuple[Float[Array, "B T E"], Float[Array, "B H D S"], Float[Array, "B H D S"], Float[Array, "B H 3 S"]]:
-    """Outputs, and of the last state `kv` and `kv_rest` transposed, and `m`, `z` and `z_rest` one below the other.
+) -> tuple[jax.Array, ...]:
+    """Outputs `[B, T, E]`, and the last state: `kv` and `kv_rest` transposed `[B, H, D, S]`, and the rows `m`, `z` and
+    `z_rest` `[B, H, 3, S]`.
 
     Args:
         terms: coefficients of |x|^2 and what queries have more, one below the other.
@@ -357,17 +335,9 @@ def _backward_kernel(*refs: Any, sizes: Sizes) -> None:
 
     slots = Slots.from_rows(rows_ref[0, 0], sizes.chunks_before)
     tokens = [_tokens(sizes, refs[:inputs], head) for head in heads]
-    features, pull_features = zip(
-        *(
-            jax.vjp(
-                functools.partial(kernel_chunk.features, window=sizes.window),
-                *tokens[head][:2],
-                _splats(directions_ref, terms_ref, head),
-            )
-            for head in heads
-        ),
-        strict=True,
-    )
+    features_of = functools.partial(kernel_chunk.features, window=sizes.window)
+    pairs: Any = [jax.vjp(features_of, *tokens[head][:2], _splats(directions_ref, terms_ref, head)) for head in heads]
+    features, pull_features = ([pair[i] for pair in pairs] for i in range(2))
     starts = [starts_ref[0, head, 0, 0:1] for head in heads]
     of_keys = [keys for _, keys in features]
     bases = kernel_chunk.bases(of_keys, starts, slots)
@@ -375,7 +345,9 @@ def _backward_kernel(*refs: Any, sizes: Sizes) -> None:
     def finish(way: Way) -> None:
         gradients = []
         for head in heads:
-            chunk = Chunk(*tokens[head], *features[head], kv_starts_ref[0, head, 0], starts_ref[0, head, 0, 1:2])
+            of_queries, of_leaving = features[head]
+            kv, z = kv_starts_ref[0, head, 0], starts_ref[0, head, 0, 1:2]
+            chunk = Chunk(*tokens[head], of_queries, of_leaving, kv, z)
             attend = functools.partial(
                 kernel_chunk.attend,
                 base=bases[head],
@@ -389,10 +361,10 @@ def _backward_kernel(*refs: Any, sizes: Sizes) -> None:
             after = carried_kv[head], carried_z[head]
             (found,) = pull((of_output_ref[0, :, _lanes(sizes, head)].astype(jnp.float32), *after))
             carried_kv[head], carried_z[head] = found.kv + carry.kept * after[0], found.z + carry.kept * after[1]
-            of_query, of_keys, of_splats = pull_features[head]((found.of_queries, found.of_keys))
+            by_query, by_keys, of_splats = pull_features[head]((found.of_queries, found.of_keys))
             of_directions_ref[0, head] += of_splats.directions
             of_terms_ref[0, head] += jnp.concatenate([of_splats.of_norm, of_splats.of_query])
-            gradients.append((found.query + of_query, found.keys + of_keys, found.values))
+            gradients.append((found.query + by_query, found.keys + by_keys, found.values))
         queries, keys, values = (jnp.concatenate(parts, axis=1) for parts in zip(*gradients, strict=True))
         of_query_ref[0] = queries.astype(of_query_ref.dtype)
         own = sizes.chunks_before * CHUNK

@@ -11,7 +11,7 @@ May be changed here: what a kernel computes of a chunk.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.ops.precision import EXPONENTS
+from gsa_jax.ops.segments import documents_before, reached_by
 from gsa_jax.ops.state import FLOOR, exp_relative
 from gsa_jax.ops.steep import STEEP
 
@@ -64,6 +65,27 @@ class Slots(NamedTuple):
         return cls(segments, start, end, first, (flags & 1) != 0, flags >= 2, of_keys, begins)
 
 
+def slot_rows(segments: Int[Array, "B T"], length: int, window: int) -> Int[Array, "B N 8 C"]:
+    """The slots of each of N chunks, as `Slots.from_rows` reads them; no key leaves at slots past the `length`."""
+    batch, padded = segments.shape
+    left = jnp.pad(segments, [(0, 0), (window, 0)])[:, :padded]
+    left = jnp.where(jnp.arange(padded) < length, left, 0)
+    segments, left = (x.reshape(batch, -1, CHUNK) for x in (segments, left))
+    before = (jnp.pad(segments, [(0, 0), (i, 0), (0, 0)])[:, : segments.shape[1]] for i in (1, 2))
+    # Without `segment_ids` a row is document 1, and with them the state before is empty.
+    documents = documents_before(left, jnp.ones(batch, left.dtype))
+    reached = jax.vmap(jax.vmap(reached_by))(left, documents)
+    start = jnp.where(reached.goes_on, -1, reached.first)
+    end = jnp.sum(reached.document[..., None, :] <= reached.document[..., None], axis=-1) - 1
+    first = jnp.where(reached.has_key, reached.first, -1)
+    flags = jnp.where(left != 0, 1, 0) + jnp.where(reached.document == segments, 2, 0)
+    some = jnp.cumsum(jnp.any(left != 0, axis=2), axis=1)
+    known = jnp.pad(some[:, :-1], [(0, 0), (1, 0)])[..., None] != 0
+    begins = jnp.any(reached.has_key & ~(reached.goes_on & known), axis=2, keepdims=True)
+    rows = segments, *before, start, end, first, flags, jnp.broadcast_to(begins, left.shape)
+    return jnp.stack([x.astype(jnp.int32) for x in rows], axis=2)
+
+
 class HeadSplats(NamedTuple):
     """Coefficients of one head: log features `x . direction + of_norm |x|^2`, and `of_query` more for queries."""
 
@@ -80,9 +102,14 @@ _CONTRACTED = {"ab": ((1,), (0,)), "abt": ((1,), (1,)), "atb": ((0,), (0,))}
 """The axes that `a b`, `a b^T` and `a^T b` add up over."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def product(a: Float[Array, "..."], b: Float[Array, "..."], kind: Kind, narrow: bool) -> Float[Array, "..."]:
     """A float32 matrix product; of operands rounded to bfloat16 if `narrow`, as are those of its gradient."""
+    result: Any = _product(a, b, kind, narrow)
+    return result
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(a: jax.Array, b: jax.Array, kind: Kind, narrow: bool) -> jax.Array:
     if narrow:
         a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
     axes = (_CONTRACTED[kind], ((), ()))
@@ -105,7 +132,7 @@ def _product_backward(
     return product(b, g, "abt", narrow), product(a, g, "ab", narrow)
 
 
-product.defvjp(_product_forward, _product_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _counters(size: int) -> tuple[Int[Array, "C 1"], Int[Array, "1 C"]]:

@@ -34,7 +34,7 @@ def interpreted(case: Case, window: int):
 
 
 def by_definition(case: Case, window: int):
-    masks = {"attention_mask" if case.mask.dtype == bool else "segment_ids": case.mask}
+    masks: Any = {"attention_mask" if case.mask.dtype == bool else "segment_ids": case.mask}
     return splat_attention(*case[:4], window=window, implementation="reference", **masks)
 
 
