@@ -97,7 +97,7 @@ def splat_attention(
         initial_state: what an earlier call returned for the tokens before these.
         implementation: `None` is "recurrent" for one token that continues a state, otherwise "chunked".
         chunk_size: tokens per chunk of "chunked"; affects speed and memory, results only in rounding. What suits the
-            platform if None.
+            platform if None; on a TPU that is a kernel of its own.
         chunks_at_once: chunks that are computed in one product; likewise.
         attention_implementation: how "chunked" computes what is exact attention, because the window holds everything or
             there are no splats: `gsa_jax.ops.flash`.
@@ -123,13 +123,13 @@ def splat_attention(
     size = length if window == "all" else window
     has_state = window != "all" and not packed
 
-    sizes = chunk_size, chunks_at_once
+    run = _run(implementation, chunk_size, chunks_at_once, initial_state is None)
     empty = functools.partial(init_splat_state, splats, batch, size, key.dtype)
     holds_everything = size >= length
     if implementation == "chunked" and initial_state is None and (holds_everything or not splats.centers.shape[1]):
 
         def through_chunks(*arguments: jax.Array) -> jax.Array:
-            return _run("chunked", *sizes)(*arguments, splats, empty())[0].astype(value.dtype)
+            return run(*arguments, splats, empty())[0].astype(value.dtype)
 
         output = exact_attention(
             causal_attention if holds_everything else through_chunks,
@@ -150,12 +150,18 @@ def splat_attention(
     if initial_state is not None:
         _check_state(initial_state, state)
         state = initial_state
-    output, state = _run(implementation, *sizes)(query, key, value, segments, splats, state)
+    output, state = run(query, key, value, segments, splats, state)
     return without_paddings(output.astype(value.dtype), segments), state if has_state else None
 
 
-def _run(implementation: Implementation, chunk_size: int | None, chunks_at_once: int | None) -> Any:
-    """The implementation for all heads and rows, with the window of the state as a ring."""
+def _run(
+    implementation: Implementation, chunk_size: int | None, chunks_at_once: int | None, is_first: bool = False
+) -> Any:
+    """The implementation for all heads and rows, with the window of the state as a ring.
+
+    Args:
+        is_first: whether the state will be empty.
+    """
     if implementation == "recurrent":
         return recurrent
     if implementation == "reference":
@@ -164,7 +170,7 @@ def _run(implementation: Implementation, chunk_size: int | None, chunks_at_once:
     else:
         tokens = TOKENS_AND_HEADS
         run = per_rows_and_heads(
-            functools.partial(chunked, chunk_size=chunk_size, chunks_at_once=chunks_at_once),
+            functools.partial(chunked, is_first=is_first, chunk_size=chunk_size, chunks_at_once=chunks_at_once),
             in_specs=(tokens, tokens, tokens, BATCH, HEADS, _STATE_SPECS),
             out_specs=(tokens, _STATE_SPECS),
         )

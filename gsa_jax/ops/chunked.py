@@ -4,6 +4,8 @@ Tokens are cut into chunks. What a chunk needs of its own tokens (features, scor
 computed for a group of chunks at once, in large products; only maxima and sums of the state go from chunk to chunk. A
 scan over groups carries the state.
 
+On a TPU, most calls that begin a text are `gsa_jax.ops.kernel` instead.
+
 May be changed here: how large chunks and groups are on each platform (`_SCHEDULES`), what goes from chunk to chunk, and
 what all heads and rows must do alike (`_group`). What a chunk computes is `gsa_jax.ops.chunk`.
 """
@@ -19,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from gsa_jax.ops import chunk
 from gsa_jax.ops.precision import precision_of
-from gsa_jax.ops.segments import Reached, reached_by
+from gsa_jax.ops.segments import Reached, documents_before, reached_by
 from gsa_jax.ops.state import (
     FLOOR,
     STATE_HEADS,
@@ -57,7 +59,7 @@ _MAX_CHUNK = 256
 
 
 # Without an outer jit, each call would compile its scan.
-@functools.partial(jax.jit, static_argnames=("chunk_size", "chunks_at_once"))
+@functools.partial(jax.jit, static_argnames=("is_first", "chunk_size", "chunks_at_once"))
 def chunked(
     query: Float[Array, "B T H D"],
     key: Float[Array, "B T H D"],
@@ -65,6 +67,7 @@ def chunked(
     segments: Int[Array, "B T"],
     splats: Splats,
     state: SplatState,
+    is_first: bool = False,
     chunk_size: int | None = None,
     chunks_at_once: int | None = None,
 ) -> tuple[Float[Array, "B T H D"], SplatState]:
@@ -74,6 +77,10 @@ def chunked(
     start.
 
     With several documents the state before must be empty, and the one after is of the last document alone.
+
+    Args:
+        is_first: whether the state before is known to be empty. Without sizes of chunks and groups, a TPU's kernel then
+            takes the place of the scan wherever `kernel_takes` says so.
     """
     batch, length, heads, _ = query.shape
     window = state.key.shape[2]
@@ -85,11 +92,35 @@ def chunked(
 
     ways = {platform: sizes(schedule) for platform, schedule in _SCHEDULES.items()}
     arguments = query, key, value, segments, splats, state
-    if len(set(ways.values())) == 1:  # short texts: one program to trace instead of one for each platform
+    has_kernel = is_first and chunk_size is None and chunks_at_once is None and kernel_takes(query, splats, window)
+    if len(set(ways.values())) == 1 and not has_kernel:  # short texts: one program to trace instead of several
         size, at_once = ways["default"]
         return _scan(*arguments, size=size, at_once=at_once)
-    scans = {name: functools.partial(_scan, size=size, at_once=at_once) for name, (size, at_once) in ways.items()}
+    scans: dict[str, Callable[..., Any]] = {
+        name: functools.partial(_scan, size=size, at_once=at_once) for name, (size, at_once) in ways.items()
+    }
+    if has_kernel:
+        # Imported here, because loading Pallas takes a while that programs without it need not wait.
+        from gsa_jax.ops.kernel import kernel_attention
+
+        scans["tpu"] = kernel_attention
     return jax.lax.platform_dependent(*arguments, **scans)
+
+
+def kernel_takes(query: Float[Array, "B T H D"], splats: Splats, window: int) -> bool:
+    """Whether a TPU computes a text's beginning by `gsa_jax.ops.kernel`.
+
+    It does for float32 and bfloat16, heads of 32 to 128, 1 to 128 splats, windows up to 256, and 256 tokens or more.
+    Smaller heads would be mostly padding, and in a shorter text there is not enough to gain to compile a kernel for.
+    """
+    _, length, _, head_dim = query.shape
+    return (
+        query.dtype in (jnp.float32, jnp.bfloat16)
+        and 32 <= head_dim <= 128
+        and 1 <= splats.centers.shape[1] <= 128
+        and window <= 256
+        and length >= 256
+    )
 
 
 def _scan(
@@ -176,7 +207,7 @@ def _group(
     following = append_to_windows(state, key, value, segments)
     slots = jnp.concatenate([window_segments, segments], axis=1)
     left = cut(jnp.where(exists, slots[:, :length], 0))
-    reached = over(reached_by, "row", "row")(left, _documents_before(left, document) if several else document)
+    reached = over(reached_by, "row", "row")(left, documents_before(left, document) if several else document)
     keys, values = (per_head(at_hand, (1, 0), (0, 0))(*x) for x in ((key, state.key), (value, state.value)))
     query, segments, key_segments = cut(query), cut(segments), jax.vmap(at_hand)(segments, window_segments)
 
@@ -239,12 +270,6 @@ def _overlapping(x: Array, window: int, size: int) -> Array:
     per_window = (window + pad) // size
     count = len(blocks) - per_window
     return jnp.concatenate([blocks[i : i + count] for i in range(per_window + 1)], axis=1)[:, pad:]
-
-
-def _documents_before(left: Int[Array, "B G C"], document: Int[Array, "B"]) -> Int[Array, "B G"]:
-    """The document that the keys before each chunk have reached."""
-    ends = jnp.maximum(jax.lax.cummax(jnp.max(left, axis=2), axis=1), document[:, None])
-    return jnp.concatenate([document[:, None], ends[:, :-1]], axis=1)
 
 
 def _maxima(

@@ -123,3 +123,9 @@ def reached_by(left: Int[Array, "T"], before: Int[Array, ""]) -> Reached:
     is_first = left > jnp.pad(so_far[:-1], (1, 0))
     first = jax.lax.cummax(jnp.where(is_first, jnp.arange(len(left)), 0))
     return Reached(document, so_far == document, first, document == before)
+
+
+def documents_before(left: Int[Array, "B G C"], document: Int[Array, "B"]) -> Int[Array, "B G"]:
+    """The document that the keys before each chunk have reached."""
+    ends = jnp.maximum(jax.lax.cummax(jnp.max(left, axis=2), axis=1), document[:, None])
+    return jnp.concatenate([document[:, None], ends[:, :-1]], axis=1)

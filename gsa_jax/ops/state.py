@@ -223,9 +223,14 @@ def query_features(splats: Splats, query: Float[Array, "T D"]) -> Float[Array, "
     Their sum is `log phi_s(query) + log phi_s(key) + log a_s + beta (|query|^2 + |key|^2) + lambda`.
     """
     splats = splats.complete(query.dtype)
-    centers, log_scales, log_amplitudes, _, far_gain = jax.tree.leaves(splats)
-    shared = log_amplitudes + far_gain - jnp.exp(-2 * log_scales) * jnp.sum(jnp.square(centers), axis=-1)
+    shared = query_terms(splats)
     return _log_gaussians(splats, query) + shared
+
+
+def query_terms(splats: Splats) -> Float[Array, "S"]:
+    """What the log features of queries have more than those of keys; of complete splats."""
+    centers, log_scales, log_amplitudes, _, far_gain = jax.tree.leaves(splats)
+    return log_amplitudes + far_gain - jnp.exp(-2 * log_scales) * jnp.sum(jnp.square(centers), axis=-1)
 
 
 def key_features(splats: Splats, key: Float[Array, "T D"], valid: Bool[Array, "T"]) -> Float[Array, "T S"]:
@@ -239,8 +244,13 @@ def _log_gaussians(splats: Splats, x: Float[Array, "T D"]) -> Float[Array, "T S"
     This is a matrix product instead of differences `x - c_s`, which makes it fast everywhere. For far centres or a beta
     near `1 / (2 sigma^2)`, large terms cancel before they are computed, so the small remainder is not rounded away.
     """
-    inverse_variance = jnp.exp(-2 * splats.log_scales)
-    directions = splats.centers * inverse_variance[:, None]
+    directions, of_norm = feature_coefficients(splats)
     projections = jnp.matmul(x, directions.T, precision=EXPONENTS)
+    return projections + of_norm * jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+
+
+def feature_coefficients(splats: Splats) -> tuple[Float[Array, "S D"], Float[Array, "S"]]:
+    """`c_s / sigma_s^2` and `beta - 1 / (2 sigma_s^2)`, of complete splats."""
     assert splats.norm_gain is not None, "splats are complete"
-    return projections + (splats.norm_gain - inverse_variance / 2) * jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    inverse_variance = jnp.exp(-2 * splats.log_scales)
+    return splats.centers * inverse_variance[:, None], splats.norm_gain - inverse_variance / 2

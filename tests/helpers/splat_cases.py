@@ -5,6 +5,7 @@ May be changed here: how random cases are drawn.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -138,7 +139,11 @@ def compiled_gradients(
     chunks_at_once: int | None = AT_ONCE,
 ):
     """`call(case) -> (output, state), gradients` by query, key, value and splats of all outputs and of the state."""
-    attend = compiled(window, implementation, chunk_size, chunks_at_once)
+    return gradients_of(compiled(window, implementation, chunk_size, chunks_at_once))
+
+
+def gradients_of(attend: Callable[[Case], tuple[jax.Array, SplatState | None]]):
+    """As `compiled_gradients`, of any function of a case."""
 
     def loss(query: jax.Array, key: jax.Array, value: jax.Array, splats: Splats, mask: jax.Array):
         output, state = attend(Case(query, key, value, splats, mask))
