@@ -152,6 +152,7 @@ def test_with_remat_only_the_input_of_a_block_is_kept() -> None:
     assert report(small()).activations > 5 * short.activations
 
 
+@pytest.mark.slow
 def test_meshes_and_parts_of_a_batch_share_the_memory() -> None:
     whole = report(small(), rows=8)
     assert report(small(), rows=8, mesh={"data": 2, "fsdp": 1, "tensor": 1}).activations == whole.activations // 2

@@ -65,6 +65,7 @@ def test_the_reference_is_the_exact_arm(checkpoint: Path, reference: Path, own: 
     assert evaluate(checkpoint, STORIES, context=CONTEXT, reference=checkpoint) == own, "its splats are not used"
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_a_document_is_read_in_longer_windows(run_gsa, checkpoint: Path, reference: Path, tmp_path: Path) -> None:
     import torch

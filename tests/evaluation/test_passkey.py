@@ -164,6 +164,7 @@ def test_shares_and_margins_of_a_model_that_remembers_some() -> None:
     assert score_keys("exact", np.zeros((10, 10)), right[:10], told[:10]).chosen.value == 0.0, "a tie is no choice"
 
 
+@pytest.mark.slow
 def test_lengths_are_multiples_and_those_without_positions_are_left_out(
     checkpoint: Path, passkey: Passkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +207,7 @@ def test_what_cannot_be_asked_is_refused(checkpoint: Path, run_gsa) -> None:
     run_gsa(*words, "--position-extension", "tile").assert_refused("--position-extension", "--max-positions N")
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_what_the_library_finds(
     run_gsa, checkpoint: Path, passkey: Passkey, tmp_path: Path
 ) -> None:

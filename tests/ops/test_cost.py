@@ -97,6 +97,7 @@ def test_memory_is_linear_in_tokens(window: int, function) -> None:
     assert 0 < long <= 2.2 * short
 
 
+@pytest.mark.slow
 def test_backward_keeps_only_states_at_chunk_boundaries() -> None:
     """Twice the splats cost no more than twice the saved states, far below what each token's features would take."""
     length = 4096

@@ -134,7 +134,8 @@ def test_long_sequence_in_chunks_of_the_default_size() -> None:
     assert_close(compiled(16, "recurrent")(case), want, 1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["chunked", pytest.param("recurrent", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["chunked", "recurrent"])
 def test_bfloat16_inputs_are_computed_in_float32(implementation: str) -> None:
     window = 16
     case = draw(65, 2, dtype=jnp.bfloat16, optional=True)
@@ -234,7 +235,7 @@ def test_gradients_cross_a_carried_state() -> None:
     assert_close(gradient(case, (0, 5, 33, 60)), gradient(case, (0, 60)), 1e-5)
 
 
-@pytest.mark.parametrize("window", [0, 5, pytest.param(16, marks=SLOW)])
+@pytest.mark.parametrize("window", [5, *(pytest.param(x, marks=SLOW) for x in (0, 16))])
 def test_prefill_and_single_steps_are_the_whole(window: int) -> None:
     case = draw(40, 4, batch=1, pads=0.2, optional=True)
     want = compiled(window, "reference")(case)

@@ -56,7 +56,7 @@ REGIMES = {
 
 
 @pytest.mark.parametrize("implementation", FAST)
-@pytest.mark.parametrize("window", [0, WINDOW])
+@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), WINDOW])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_extremes_match_float64(regime: str, window: int, implementation: str) -> None:
     case = REGIMES[regime](np.random.default_rng(1), draw(LENGTH, SPLATS, batch=1, pads=0.05, seed=2))

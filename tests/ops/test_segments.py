@@ -127,7 +127,7 @@ def test_documents_are_strangers(implementation: str | None, window: int | str) 
 
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(data=st.data())
-@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_any_packing(window: int, data: st.DataObject) -> None:
     """Against float64, and gradients against those of the definition in the same precision."""
     lengths = st.lists(st.sampled_from([1, 2, 5, 15, 16, 17, 33, -1, -4, -20]), min_size=1, max_size=8)
