@@ -42,8 +42,12 @@ def test_a_training_step(machine, hybrid):
     assert report.fits and report.matrix_flops > 0
 
 
+@on(*MACHINES)
+def test_a_step_of_distillation(machine, hybrid):
+    assert compile_step(run(Distill, hybrid, objective="logits"), parse_topology(machine)).fits
+
+
 STEPS = {
-    "distill-logits": (Distill, {"objective": "logits"}),
     "distill-output": (Distill, {"objective": "output"}),
     "finetune-teacher": (Finetune, {"teacher_weight": 0.5, "remat": True}),
     "pretrain": (Pretrain, {"model": "story", "dtype": "float32"}),
