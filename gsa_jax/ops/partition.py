@@ -62,7 +62,16 @@ def sum_of_table(gradient: Float[Array, "V E"]) -> Float[Array, "V part_of_E"]:
     """
     if not on_mesh():
         return gradient
-    return jax.lax.psum(jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=1, tiled=True), "data")
+
+    def scattered(x: jax.Array) -> jax.Array:
+        return jax.lax.psum_scatter(x, "fsdp", scatter_dimension=1, tiled=True)
+
+    def cut(x: jax.Array) -> jax.Array:
+        # Between processes, a CPU's reduce-scatter (gloo) now and then gives other numbers at the end of the array.
+        size = x.shape[1] // jax.lax.axis_size("fsdp")
+        return jax.lax.dynamic_slice_in_dim(jax.lax.psum(x, "fsdp"), size * jax.lax.axis_index("fsdp"), size, axis=1)
+
+    return jax.lax.psum(jax.lax.platform_dependent(gradient, cpu=cut, default=scattered), "data")
 
 
 def on_mesh() -> bool:

@@ -35,4 +35,5 @@ def test_the_estimate_is_not_below_what_is_compiled(machine, mesh, monkeypatch, 
     config = Pretrain(**paths, model="125M", dtype="bfloat16", remat=True, batch_size=32, mesh=MESHES[mesh])
     (estimate,) = memory_of_step(config, [config.mesh.sizes(parse_topology(machine).devices)])
     peak = compiled(machine, lower_pretraining, config, MODEL).peak
-    assert 0.97 * peak <= estimate.total < 2 * peak
+    # The kernels of a TPU need far less than the attention that is counted.
+    assert 0.97 * peak <= estimate.total < 4 * peak
