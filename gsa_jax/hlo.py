@@ -66,6 +66,8 @@ class Program:
         if entry is None:
             raise ValueError("the text has no ENTRY; give that of a compiled program")
         self._entry = entry
+        every = (instruction for there in self._computations.values() for instruction in there.values())
+        self._fused = {name for one in every if one.op == "fusion" for name in one.computations("calls")}
 
     def collective_bytes(self) -> dict[str, int]:
         """Bytes that each kind of collective moves per run, as one device sees it: of what it takes or of what it
@@ -73,17 +75,21 @@ class Program:
 
         Kinds that do not occur are 0. Both branches of a condition count.
         """
-        # A TPU spreads one exchange over many fusions, which share its channel; it starts once.
+        # A TPU spreads one exchange over many fusions, which share its channel and name; it starts once. The channel alone
+        # would not do: all exchanges that `shard_map` writes have number 1.
         exchanges: dict[tuple[str, object], tuple[int, int]] = {}
-        for number, (computation, instruction, times) in enumerate(self._walk(self._entry, 1)):
+        for computation, instruction, times in self._walk(self._entry, 1):
             kind = instruction.op.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
             if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # how a TPU writes it: an all-reduce of which it keeps a slice
-            channel = re.search(r"channel_id=(\d+)", instruction.line)
-            key = kind, int(channel[1]) if channel else f"line {number}"
             size = self._exchanged(computation, instruction)
+            channel = re.search(r"channel_id=(\d+)", instruction.line)
+            key: tuple[str, object] = kind, (computation, instruction.name)
+            if channel and computation in self._fused:
+                name = re.search(r'op_name="([^"]*)"', instruction.line)
+                key = kind, (channel[1], name and name[1], size)
             before = exchanges.get(key, (times, size))
             exchanges[key] = min(before[0], times), max(before[1], size)
         totals = dict.fromkeys(COLLECTIVES, 0)

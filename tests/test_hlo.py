@@ -56,13 +56,15 @@ HloModule spread, is_scheduled=true
   ROOT %state.2 = (s32[], bf16[4,8]{1,0}) tuple(%next, %got)
 }
 
-ENTRY %main (x.1: bf16[4,8], y: f32[64]) -> f32[8] {
+ENTRY %main (x.1: bf16[4,8], y: f32[64], z: f32[32]) -> f32[8] {
   %x.1 = bf16[4,8]{1,0} parameter(0)
   %y = f32[64]{0} parameter(1)
+  %z = f32[32]{0} parameter(2)
   %three = s32[] constant(3)
   %begin = (s32[], bf16[4,8]{1,0}) tuple(%three, %x.1)
   %loop = (s32[], bf16[4,8]{1,0}) while(%begin), condition=%more, body=%again
   %both = (f32[64]{0}, f32[]) all-reduce(%y, %y), channel_id=10, to_apply=%add
+  %another = f32[32]{0} all-reduce(%z), channel_id=10, to_apply=%add
   %pieces = (bf16[4,8]{1,0}, bf16[4,8]{1,0}) all-to-all(%x.1, %x.1), channel_id=11
   ROOT %part = f32[8]{0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.0
 }
@@ -70,10 +72,11 @@ ENTRY %main (x.1: bf16[4,8], y: f32[64]) -> f32[8] {
 
 
 def test_bytes_of_each_kind_of_collective():
-    """The loop counts 3, 5, ... 11: five times; its gather is in two fusions, and starts in one of them."""
+    """The loop counts 3, 5, ... 11: five times; its gather is in two fusions, and starts in one of them. Two exchanges of
+    `shard_map` have one channel."""
     assert Program(SPREAD).collective_bytes() == {
         "all-gather": 5 * 32 * 8 * 2,
-        "all-reduce": 2 * 64 * 4,
+        "all-reduce": (2 * 64 + 32) * 4,
         "reduce-scatter": 64 * 4,
         "all-to-all": 2 * 4 * 8 * 2,
         "collective-permute": 5 * 4 * 8 * 2,
