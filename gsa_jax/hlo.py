@@ -75,8 +75,8 @@ class Program:
 
         Kinds that do not occur are 0. Both branches of a condition count.
         """
-        # A TPU spreads one exchange over many fusions, which share its channel and name; it starts once. The channel alone
-        # would not do: all exchanges that `shard_map` writes have number 1.
+        # A TPU spreads one exchange over many fusions, which share its channel and name; it starts once. The channel
+        # alone would not do: all exchanges that `shard_map` writes have number 1.
         exchanges: dict[tuple[str, object], tuple[int, int]] = {}
         for computation, instruction, times in self._walk(self._entry, 1):
             kind = instruction.op.removesuffix("-start")

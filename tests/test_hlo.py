@@ -72,8 +72,8 @@ ENTRY %main (x.1: bf16[4,8], y: f32[64], z: f32[32]) -> f32[8] {
 
 
 def test_bytes_of_each_kind_of_collective():
-    """The loop counts 3, 5, ... 11: five times; its gather is in two fusions, and starts in one of them. Two exchanges of
-    `shard_map` have one channel."""
+    """The loop counts 3, 5, ... 11: five times; its gather is in two fusions, and starts in one of them. Two
+    exchanges of `shard_map` have one channel."""
     assert Program(SPREAD).collective_bytes() == {
         "all-gather": 5 * 32 * 8 * 2,
         "all-reduce": (2 * 64 + 32) * 4,
