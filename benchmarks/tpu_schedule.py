@@ -126,8 +126,6 @@ def measure(contender: str, length: int, direction: str) -> tuple[float, float, 
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        # The process that compiles imports this file by its name.
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         found = compile_for(
             parse_topology(MACHINE), importlib.import_module("tpu_schedule").lower, contender, length, direction
         )
@@ -152,6 +150,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens; multiples of 512")
     lengths = parser.parse_args().lengths
+    # The process that compiles imports this file by its name.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     print(f"{MACHINE}, {ROWS} rows, {HEADS} heads of {HEAD_DIM}, S = {SPLATS}, W = {WINDOW}, bfloat16; milliseconds:")
     print("kernels + operations around them; (kernels where every chunk has steep features)")
     for direction in ("forward", "forward + backward"):

@@ -154,9 +154,7 @@ def splat_attention(
     return without_paddings(output.astype(value.dtype), segments), state if has_state else None
 
 
-def _run(
-    implementation: Implementation, chunk_size: int | None, chunks_at_once: int | None, is_first: bool = False
-) -> Any:
+def _run(implementation: Implementation, chunk_size: int | None, chunks_at_once: int | None, is_first: bool) -> Any:
     """The implementation for all heads and rows, with the window of the state as a ring.
 
     Args:
