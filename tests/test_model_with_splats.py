@@ -102,7 +102,7 @@ def test_the_model_runs_through_the_definition(mode: str, monkeypatch: pytest.Mo
         return jnp.sum(jnp.sin(jnp.where(mask[:, :, None], logits, 0))), logits
 
     got = jax.jit(jax.grad(loss, has_aux=True))(params)
-    monkeypatch.setattr(api, "_run", lambda *_, run=api._run: run("reference", None, None))
+    monkeypatch.setattr(api, "_run", lambda *_, run=api._run: run("reference", None, None, is_first=False))
     want = jax.jit(jax.grad(lambda params: loss(params), has_aux=True))(params)
     assert relative_rms(got[1][mask], want[1][mask]) < 1e-5
     for name, one, other in zip(

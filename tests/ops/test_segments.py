@@ -255,7 +255,7 @@ def test_a_packed_row_is_its_documents_alone(mode: str, monkeypatch: pytest.Monk
 
     gradient = jax.jit(jax.grad(loss, has_aux=True))
     got, logits = gradient(params, ids, documents > 0, segment_ids=documents)
-    monkeypatch.setattr(api, "_run", lambda *_, run=api._run: run("reference", None, None))
+    monkeypatch.setattr(api, "_run", lambda *_, run=api._run: run("reference", None, None, is_first=False))
     want, expected = gradient(params, alone, mask, attention_mask=mask)
     for n, (row, own) in enumerate(zip(rows, slots, strict=True)):
         assert relative_error(logits[row, own], expected[n, : len(own)]) < 1e-5, f"document {n}"
