@@ -165,8 +165,8 @@ class Pretrain(TrainConfig):
 
     tokenizer: Path
     """Folder with a tokenizer, e.g. a checkpoint's."""
-    model: Literal["story", "125M", "1.3B", "2.7B"] = "story"
-    """Shape: that of the bundled model, or of EleutherAI's gpt-neo-*."""
+    model: Literal["story", "story-9M", "125M", "1.3B", "2.7B"] = "story"
+    """Shape: that of the bundled model, one four times as large for the same tokenizer, or of EleutherAI's gpt-neo-*."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,11 +213,22 @@ MODELS = {
         bos_token_id=0,
         eos_token_id=0,
     ),
+    "story-9M": GPTNeoConfig(
+        vocab_size=1024,
+        max_position_embeddings=1024,
+        hidden_size=336,
+        num_layers=6,
+        num_heads=7,
+        attention_types=((("global", "local"), 3),),
+        window_size=128,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
     "125M": _gpt_neo(768, 12, 12),
     "1.3B": _gpt_neo(2048, 24, 16),
     "2.7B": _gpt_neo(2560, 32, 20),
 }
-"""Shapes that `pretrain` can make: that of the bundled model, and EleutherAI's."""
+"""Shapes that `pretrain` can make: that of the bundled model, a larger one for its tokenizer, and EleutherAI's."""
 
 _LARGE = {"steps": 100_000, "dtype": "bfloat16", "remat": True}
 
