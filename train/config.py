@@ -166,7 +166,7 @@ class Pretrain(TrainConfig):
     tokenizer: Path
     """Folder with a tokenizer, e.g. a checkpoint's."""
     model: Literal["story", "story-9M", "125M", "1.3B", "2.7B"] = "story"
-    """Shape: that of the bundled model, one four times as large for the same tokenizer, or of EleutherAI's gpt-neo-*."""
+    """Shape: that of the bundled model, a larger one for its tokenizer, or of EleutherAI's gpt-neo-*."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,7 @@ def splat_attention(
     splats: Splats,
     *,
     window: Window,
+    kept: int = 0,
     attention_mask: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
     initial_state: SplatState | None = None,
@@ -62,23 +63,27 @@ def splat_attention(
     chunks_at_once: int | None = None,
     attention_implementation: AttentionImplementation = "auto",
 ) -> tuple[Float[Array, "B T H D"], SplatState | None]:
-    """Softmax attention over exact scores inside a window and splat scores beyond it, with one normaliser.
+    """Softmax attention over exact scores of near and kept keys and splat scores of others, with one normaliser.
 
     Per head, with S splats of centre c_s and scale sigma_s:
 
         log phi_s(x) = -|x - c_s|^2 / (2 sigma_s^2)
-        score(i, j)  = q_i . k_j                                              if 0 <= i - j < window
+        score(i, j)  = q_i . k_j                                              if 0 <= i - j < window, or j is kept at i
                      = logsumexp_s(log phi_s(q_i) + log phi_s(k_j) + log a_s)
                        + beta (|q_i|^2 + |k_j|^2) + lambda                     if i - j >= window
                      = -inf                                                   if j > i, or j is padding
         out_i        = sum_j softmax_j(score(i, .)) v_j
 
+    Kept at i are, of the keys with i - j >= window, the `kept` ones of most importance: `gsa_jax.ops.kept.importance`,
+    by default |k_j|^2; of equals, the older one. Keys that differ in importance by rounding may be taken for one
+    another.
+
     The near scores are GPT-Neo's, NOT divided by sqrt(D). Distances i - j count slots, padding included, and go on
     across `initial_state`. Scores, sums and state are float32 whatever the inputs are.
 
     Far scores are sums over S features of the query times features of the key, so keys that leave the window are added
-    to a state of constant size. Cost: O(window + S) per token, in time and memory, forward and backward; O(T^2) for
-    `implementation="reference"` and wherever the window holds everything.
+    to a state of constant size. Cost: O(window + kept + S) per token, in time and memory, forward and backward; O(T^2)
+    for `implementation="reference"` and wherever the window holds everything.
 
     Float32 rounds a far score by about 1e-7 * (|x|^2 + |x| |c|) / sigma^2, x being a query or key: nothing for scales
     near the norms, visible where scales are far smaller and several far keys compete. Sums are taken relative to
@@ -88,6 +93,7 @@ def splat_attention(
         window: tokens seen exactly, the query's own included; `"all"` for every token. With 0, even the query's own
             token is seen through the splats. Without `initial_state`, "chunked" with a window that holds all tokens
             gives the same bits as `causal_attention`.
+        kept: M, how many keys beyond the window stay exact; needs a finite window.
         attention_mask: `[B, T]`, bools or Hugging Face's integers: 1 for tokens, 0 for padding, anywhere; all tokens if
             None. Padding contributes nothing to outputs, state or gradients, whatever finite numbers it holds. Its own
             output is 0, or arbitrary and finite where the window holds everything.
@@ -110,7 +116,7 @@ def splat_attention(
         InputError: an argument has a wrong value, shape or dtype; `segment_ids` come with `initial_state` or
             "recurrent"; splats are not finite or `segment_ids` fall (which can be seen only outside of `jit`).
     """
-    _check_inputs(query, key, value, splats, window)
+    _check_inputs(query, key, value, splats, window, kept)
     _check_choices(window, initial_state, implementation, chunk_size=chunk_size, chunks_at_once=chunks_at_once)
     batch, length = query.shape[:2]
     packed = segment_ids is not None
@@ -124,9 +130,10 @@ def splat_attention(
     has_state = window != "all" and not packed
 
     run = _run(implementation, chunk_size, chunks_at_once, initial_state is None)
-    empty = functools.partial(init_splat_state, splats, batch, size, key.dtype)
+    empty = functools.partial(init_splat_state, splats, batch, size, key.dtype, kept)
     holds_everything = size >= length
-    if implementation == "chunked" and initial_state is None and (holds_everything or not splats.centers.shape[1]):
+    is_exact = holds_everything or not (splats.centers.shape[1] or kept)
+    if implementation == "chunked" and initial_state is None and is_exact:
 
         def through_chunks(*arguments: jax.Array) -> jax.Array:
             return run(*arguments, splats, empty())[0].astype(value.dtype)
@@ -181,7 +188,9 @@ def _run(implementation: Implementation, chunk_size: int | None, chunks_at_once:
     return in_order_of_time
 
 
-def _check_inputs(query: jax.Array, key: jax.Array, value: jax.Array, splats: Splats, window: Window) -> None:
+def _check_inputs(
+    query: jax.Array, key: jax.Array, value: jax.Array, splats: Splats, window: Window, kept: int
+) -> None:
     if not (query.ndim == 4 and query.shape == key.shape == value.shape and query.shape[1] > 0):
         raise InputError(
             f"query, key and value have shapes {query.shape}, {key.shape} and {value.shape}; "
@@ -200,11 +209,12 @@ def _check_inputs(query: jax.Array, key: jax.Array, value: jax.Array, splats: Sp
         "log_amplitudes": per_splat,
         "norm_gain": (heads,),
         "far_gain": (heads,),
+        "importance": (heads, 2 * head_dim + 1),
     }
     for name, shape in expected.items():
         array = getattr(splats, name)
         if array is not None and array.shape != shape:
-            raise InputError(f"splats.{name} has shape {array.shape}; give {shape}, as splats.centers has")
+            raise InputError(f"splats.{name} has shape {array.shape}; give {shape}, which suits splats.centers")
     for field in dataclasses.fields(splats):
         array = getattr(splats, field.name)
         if array is None or isinstance(array, Tracer):
@@ -213,6 +223,10 @@ def _check_inputs(query: jax.Array, key: jax.Array, value: jax.Array, splats: Sp
             raise InputError(f"splats.{field.name} holds numbers that are not finite; train or load it again")
     if window != "all" and (not isinstance(window, int) or isinstance(window, bool) or window < 0):
         raise InputError(f"window = {window!r}; give a number of tokens >= 0, or 'all' of them")
+    if not isinstance(kept, int) or isinstance(kept, bool) or kept < 0:
+        raise InputError(f"kept = {kept!r}; give a number of keys >= 0")
+    if window == "all" and kept:
+        raise InputError(f"kept = {kept} with window = 'all': no key leaves the window; give a window, or kept = 0")
     if window == 0 and per_splat[1] == 0:
         raise InputError("window = 0 without splats leaves nothing to attend to; give a window or splats")
 
@@ -248,5 +262,5 @@ def _check_state(state: SplatState, expected: SplatState) -> None:
         if got.shape != want.shape or got.dtype != want.dtype:
             raise InputError(
                 f"initial_state.{field.name} is {got.dtype}{list(got.shape)} where {want.dtype}{list(want.shape)} "
-                "belongs; start from init_splat_state with the same splats, batch, window and dtype"
+                "belongs; start from init_splat_state with the same splats, batch, window, kept and dtype"
             )

@@ -1,7 +1,10 @@
 """One chunk of attention through splats, of one head of one row: `gsa_jax.ops.chunked` computes many of them at once.
 
-A chunk of C tokens has K = W + C keys at hand, those of the window before it and its own. Token t sees key j of them
-through the splats if j <= t, and exactly if t < j <= t + W. The first C of them leave the window, one at each slot.
+A chunk of C tokens has K = W + C keys at hand, those of the window before it and its own. The first C of them leave
+the window, one at each slot. Token t sees key j of them exactly if t < j <= t + W, and if j <= t, through the splats.
+
+With M kept keys, those kept before the chunk are at hand as well, before the others, and what goes into the sums at
+each slot need not be the key that leaves the window there: `gsa_jax.ops.kept`.
 
 May be changed here: what is computed of the tokens of a chunk.
 """
@@ -19,7 +22,7 @@ from gsa_jax.ops.state import FLOOR, Splats, exp_relative, key_features, query_f
 
 
 class Factors(NamedTuple):
-    """Log features of queries and of the keys that leave the window, relative to a base.
+    """Log features of queries and of the keys that go into the sums, relative to a base.
 
     The base of a document is a maximum that all of its tokens in the chunk have seen: that of the keys before the
     chunk, or else the feature of the document's first key.
@@ -50,17 +53,16 @@ class Sums(NamedTuple):
 
 
 def causal(document: Int[Array, "C"]) -> Bool[Array, "C C"]:
-    """Whether a token may read the key that leaves the window at another slot."""
+    """Whether a token may read the key that goes into the sums at another slot."""
     return jnp.tril(jnp.ones((len(document), len(document)), bool)) & (document[:, None] == document)
 
 
 def features(
-    query: Float[Array, "C D"], keys: Float[Array, "K D"], left: Int[Array, "C"], splats: Splats
+    query: Float[Array, "C D"], going: Float[Array, "C D"], goes: Int[Array, "C"], splats: Splats
 ) -> tuple[Float[Array, "C S"], Float[Array, "C S"]]:
-    """Log features of queries, and of the keys that leave the window; -inf where none leaves."""
+    """Log features of queries, and of the keys that go into the sums; -inf where none goes."""
     dtype = sums_dtype(query.dtype)
-    leaving = keys[: len(left)].astype(dtype)
-    return query_features(splats, query.astype(dtype)), key_features(splats, leaving, left != 0)
+    return query_features(splats, query.astype(dtype)), key_features(splats, going.astype(dtype), goes != 0)
 
 
 def _of_last_document(
@@ -109,39 +111,71 @@ def factors(
 
 
 def near(
-    query: Float[Array, "C D"], keys: Float[Array, "K D"], segments: Int[Array, "C"], key_segments: Int[Array, "K"]
-) -> tuple[Float[Array, "C K"], Float[Array, "C"]]:
-    """Exact scores, and the maximum of each row."""
+    query: Float[Array, "C D"],
+    keys: Float[Array, "N D"],
+    segments: Int[Array, "C"],
+    key_segments: Int[Array, "K"],
+    kept_segments: Int[Array, "M"] | None = None,
+    until: Int[Array, "M+C"] | None = None,
+) -> tuple[Float[Array, "C N"], Float[Array, "C"]]:
+    """Exact scores, and the maximum of each row.
+
+    Args:
+        keys: N = M + K, the kept ones first.
+        kept_segments: documents of the keys that were kept before the chunk.
+        until: when they and the keys that leave the window are no longer kept, as in `kept.Chosen`.
+    """
     dtype = sums_dtype(query.dtype)
-    offset = jnp.arange(len(keys)) - jnp.arange(len(query))[:, None]
-    exactly = (offset > 0) & (offset <= len(keys) - len(query)) & visible(segments, key_segments)
+    size = len(query)
+    slots = jnp.arange(size)[:, None]
+    offset = jnp.arange(len(key_segments)) - slots
+    exactly = (offset > 0) & (offset <= len(key_segments) - size)
+    if kept_segments is not None and until is not None:
+        before, since = jnp.split(slots < until, [len(kept_segments)], axis=1)
+        since &= offset[:, :size] <= 0
+        exactly |= jnp.pad(since, [(0, 0), (0, len(key_segments) - size)])
+        exactly &= visible(segments, key_segments)
+        exactly = jnp.concatenate([before & visible(segments, kept_segments), exactly], axis=1)
+    else:
+        exactly &= visible(segments, key_segments)
     scores = jnp.matmul(query.astype(dtype), keys.astype(dtype).T, precision=precision_of(query.dtype))
     near = jnp.where(exactly, scores, -jnp.inf)
     return near, jax.lax.stop_gradient(jnp.max(near, axis=-1, initial=FLOOR))
 
 
 def output(
-    near: Float[Array, "C K"],
+    near: Float[Array, "C N"],
     top: Float[Array, "C"],
     within: Float[Array, "C C"],
-    values: Float[Array, "K D"],
+    values: Float[Array, "N D"],
     factor: Float[Array, "C S"],
     goes_on: Bool[Array, "C"],
     kv: Float[Array, "S D"],
     z: Float[Array, "S"],
+    going: Float[Array, "C D"] | None = None,
     *,
     precision: jax.lax.Precision,
 ) -> Float[Array, "C D"]:
-    """Outputs from near keys, from the chunk's own keys through the splats, and from the sums before the chunk."""
+    """Outputs from near keys, from the chunk's own keys through the splats, and from the sums before the chunk.
+
+    Args:
+        values: of the keys that are seen exactly.
+        going: of those that go into the sums; None if these are the first of `values`.
+    """
     dot = functools.partial(jnp.matmul, precision=precision)
-    weights = jnp.exp(near - top[:, None]) + jnp.pad(within, [(0, 0), (0, len(values) - len(within))])
+    weights = jnp.exp(near - top[:, None])
+    if going is None:
+        weights += jnp.pad(within, [(0, 0), (0, len(values) - len(within))])
     numerator = dot(weights, values.astype(kv.dtype)) + jnp.where(goes_on[:, None], dot(factor, kv), 0)
     denominator = jnp.sum(weights, axis=-1) + jnp.where(goes_on, dot(factor, z), 0)
+    if going is not None:
+        numerator += dot(within, going.astype(kv.dtype))
+        denominator += jnp.sum(within, axis=-1)
     return weighted_mean(numerator, denominator)
 
 
 def sums(
-    values: Float[Array, "K D"],
+    going: Float[Array, "C D"],
     factors: Factors,
     reached: Reached,
     start: Float[Array, "S"],
@@ -149,9 +183,10 @@ def sums(
     *,
     precision: jax.lax.Precision,
 ) -> Sums:
-    """What the chunk does to the sums: the keys that leave the window during it are added.
+    """What the chunk does to the sums.
 
     Args:
+        going: values of the keys that go into them.
         start: the maximum before the chunk.
         end: that at its end.
     """
@@ -159,5 +194,4 @@ def sums(
     added = exp_relative(added + (factors.last - end))
     # The factor exp(FLOOR - m) = 0 removes sums of another document; before the first key, all sums are 0 anyway.
     kept = exp_relative(before - end)
-    leaving = values[: len(added)].astype(added.dtype)
-    return Sums(kept, jnp.matmul(added.T, leaving, precision=precision), jnp.sum(added, axis=0))
+    return Sums(kept, jnp.matmul(added.T, going.astype(added.dtype), precision=precision), jnp.sum(added, axis=0))

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gsa_jax.ops import chunk
+from gsa_jax.ops.kept import Choice, choose_in_groups, least_important_first
 from gsa_jax.ops.precision import precision_of
 from gsa_jax.ops.segments import Reached, documents_before, reached_by
 from gsa_jax.ops.state import (
@@ -92,7 +93,8 @@ def chunked(
 
     ways = {platform: sizes(schedule) for platform, schedule in _SCHEDULES.items()}
     arguments = query, key, value, segments, splats, state
-    has_kernel = is_first and chunk_size is None and chunks_at_once is None and kernel_takes(query, splats, window)
+    sizes_are_free = is_first and chunk_size is None and chunks_at_once is None
+    has_kernel = sizes_are_free and kernel_takes(query, splats, window, state.kept_key.shape[2])
     if len(set(ways.values())) == 1 and not has_kernel:  # short texts: one program to trace instead of several
         size, at_once = ways["default"]
         return _scan(*arguments, size=size, at_once=at_once)
@@ -107,11 +109,12 @@ def chunked(
     return jax.lax.platform_dependent(*arguments, **scans)
 
 
-def kernel_takes(query: Float[Array, "B T H D"], splats: Splats, window: int) -> bool:
+def kernel_takes(query: Float[Array, "B T H D"], splats: Splats, window: int, kept: int) -> bool:
     """Whether a TPU computes a text's beginning by `gsa_jax.ops.kernel`.
 
-    It does for float32 and bfloat16, heads of 32 to 128, 1 to 128 splats, windows up to 256, and 256 tokens or more.
-    Smaller heads would be mostly padding, and in a shorter text there is not enough to gain to compile a kernel for.
+    It does for float32 and bfloat16, heads of 32 to 128, 1 to 128 splats, windows up to 256, no kept keys, and 256
+    tokens or more. Smaller heads would be mostly padding, and in a shorter text there is not enough to gain to compile
+    a kernel for.
     """
     _, length, _, head_dim = query.shape
     return (
@@ -119,6 +122,7 @@ def kernel_takes(query: Float[Array, "B T H D"], splats: Splats, window: int) ->
         and 32 <= head_dim <= 128
         and 1 <= splats.centers.shape[1] <= 128
         and window <= 256
+        and kept == 0
         and length >= 256
     )
 
@@ -147,6 +151,9 @@ def _scan(
     # The last group may have slots past the end of the row. No key leaves the window at them, so the sums are right.
     # But the window moves on past the end, so the last state has that of the last tokens instead.
     exists = jnp.arange(count * group).reshape(count, group) < length
+    keeps = state.kept_key.shape[2] > 0
+    if keeps:
+        state = per_head(least_important_first, (STATE_HEADS,), (STATE_ROWS,), STATE_HEADS, STATE_ROWS)(state)
     # The maxima are constants to the gradient, so that of the first one goes through the sums that it belongs to.
     unit = exp_relative(state.m - jax.lax.stop_gradient(state.m))
     first = dataclasses.replace(
@@ -154,12 +161,24 @@ def _scan(
     )
     # Keys before this call belong to document 1: without `segment_ids` a row is one document of that number, and with
     # them there are no keys before.
-    carried = first, state.valid.astype(segments.dtype), jnp.ones(batch, segments.dtype)
-    body = jax.checkpoint(functools.partial(_group, splats=splats, size=size))
-    (sums, _, _), output = jax.lax.scan(body, carried, (*map(groups, (query, key, value, segments)), exists))
-    output = jnp.moveaxis(output, 0, 1).reshape(batch, count * group, *shape)[:, :length]
+    window_segments, document = state.valid.astype(segments.dtype), jnp.ones(batch, segments.dtype)
+    tokens = *map(groups, (query, key, value, segments)), exists
     final = append_to_windows(state, key, value, segments)
-    return output, dataclasses.replace(sums, key=final.key, value=final.value, valid=final.valid, length=final.length)
+    choices = None
+    if keeps:
+        choose = functools.partial(choose_in_groups, shape=(count, group // size, size))
+        choose = per_head(choose, (STATE_HEADS, 1, 1, None, 0), (STATE_ROWS, 0, 0, 0, None), (0, 0, 1, 1), (0, 0, 1, 1))
+        tokens_only = (without_paddings(x, segments) for x in (key, value))
+        importance, slot, choice, after = choose(state, *tokens_only, segments, splats)
+        choices = choice, after
+        final = dataclasses.replace(final, kept_importance=importance, kept_slot=slot)
+        document = jnp.broadcast_to(document[:, None], state.z.shape[:2])
+    carried = first, window_segments, document
+    body = jax.checkpoint(functools.partial(_group, splats=splats, size=size))
+    (sums, _, _), output = jax.lax.scan(body, carried, (tokens, choices))
+    output = jnp.moveaxis(output, 0, 1).reshape(batch, count * group, *shape)[:, :length]
+    own = {name: getattr(sums, name) for name in ("kept_key", "kept_value", "kv", "kv_rest", "z", "z_rest", "m")}
+    return output, dataclasses.replace(final, **own)
 
 
 Kind = Literal["token", "head", "row", "splats"]
@@ -168,21 +187,22 @@ Kind = Literal["token", "head", "row", "splats"]
 
 
 def _group(
-    carried: tuple[SplatState, Int[Array, "B W"], Int[Array, "B"]],
-    tokens: tuple[jax.Array, ...],
+    carried: tuple[SplatState, Int[Array, "B W"], Int[Array, "..."]],
+    given: tuple[tuple[jax.Array, ...], tuple[Choice, Int[Array, "B H M"]] | None],
     *,
     splats: Splats,
     size: int,
-) -> tuple[tuple[SplatState, Int[Array, "B W"], Int[Array, "B"]], Float[Array, "B T H D"]]:
+) -> tuple[tuple[SplatState, Int[Array, "B W"], Int[Array, "..."]], Float[Array, "B T H D"]]:
     """Outputs of the T tokens of a group, and what the next one is given.
 
     Args:
         carried: the state, with the window in the order of time; segments of the window; the document that the keys
-            which left it have reached.
-        tokens: query, key and value `[B, T, H, D]`, segments `[B, T]`, and which of the slots `[T]` exist.
+            in the sums have reached, `[B]`, or `[B, H]` with kept keys: each head then has a stream of its own.
+        given: query, key and value `[B, T, H, D]`, segments `[B, T]`, and which of the slots `[T]` exist; with kept
+            keys, the choice in each chunk and places of the keys that are kept at the end.
     """
     state, window_segments, document = carried
-    query, key, value, segments, exists = tokens
+    (query, key, value, segments, exists), choices = given
     length, window = query.shape[1], state.key.shape[2]
     several = length > size
 
@@ -206,24 +226,51 @@ def _group(
     query, key, value = (without_paddings(x, segments) for x in (query, key, value))
     following = append_to_windows(state, key, value, segments)
     slots = jnp.concatenate([window_segments, segments], axis=1)
-    left = cut(jnp.where(exists, slots[:, :length], 0))
-    reached = over(reached_by, "row", "row")(left, documents_before(left, document) if several else document)
     keys, values = (per_head(at_hand, (1, 0), (0, 0))(*x) for x in ((key, state.key), (value, state.value)))
-    query, segments, key_segments = cut(query), cut(segments), jax.vmap(at_hand)(segments, window_segments)
+    query = cut(query)
+    exactly: tuple[jax.Array, ...] = cut(segments), jax.vmap(at_hand)(segments, window_segments)
+    near_kinds: tuple[Kind, ...] = ("token", "head", "row", "row")
+    # What goes into the sums at each slot of a chunk. Without kept keys, it is what leaves the window.
+    if choices is None:
+        stream: Kind = "row"
+        goes = cut(jnp.where(exists, slots[:, :length], 0))
+        going_keys, going_values = keys[..., :size, :], values[..., :size, :]
+    else:
+        stream = "head"
+        choice, after = choices if several else jax.tree.map(lambda x: x[:, :, 0] if x.ndim > 3 else x, choices)
+        own = per_head(_with_kept, (0, 0, 1), (0, 0, 0))
+        key_candidates, value_candidates = (
+            own(state.kept_key, state.key, key),
+            own(state.kept_value, state.value, value),
+        )
+        take = per_head(_take, (0, 0), (0, 0))
+        goes = choice.goes_segment
+        going_keys, going_values = take(key_candidates, choice.goes), take(value_candidates, choice.goes)
+        kept = state.kept_key, state.kept_value
+        if several:
+            kept = take(key_candidates, choice.before), take(value_candidates, choice.before)
+        keys, values = (jnp.concatenate(pair, axis=-2) for pair in zip(kept, (keys, values), strict=True))
+        following = dataclasses.replace(
+            following, kept_key=take(key_candidates, after), kept_value=take(value_candidates, after)
+        )
+        exactly = *exactly, choice.before_segment, choice.until
+        near_kinds = *near_kinds, "head", "head"
 
-    queries, features = over(chunk.features, "token", "head", "row", "splats")(query, keys, left, splats)
+    reached = over(reached_by, stream, stream)(goes, documents_before(goes, document) if several else document)
+    queries, features = over(chunk.features, "token", "head", stream, "splats")(query, going_keys, goes, splats)
     starts, ends = jax.lax.stop_gradient(state.m), None
     if several:
-        starts, ends = per_head(_maxima, (0, None, 0), (0, 0, 0))(features, reached, starts)
-    known = jnp.any(state.m > FLOOR, axis=(1, 2)).reshape(-1, *[1] * (left.ndim - 1))
+        starts, ends = per_head(_maxima, (0, None if stream == "row" else 0, 0), (0, 0, 0))(features, reached, starts)
+    known = jnp.any(state.m > FLOOR, axis=(1, 2) if stream == "row" else 2)
+    known = known.reshape(*known.shape, *[1] * (goes.ndim - known.ndim))
     begins = jnp.any(reached.has_key & ~(reached.goes_on & known))
     factors_of = functools.partial(chunk.factors, begins=begins)
-    factors = over(factors_of, "head", "head", "row", "row", "head")(queries, features, segments, reached, starts)
-    near, near_top = over(chunk.near, "token", "head", "row", "row")(query, keys, segments, key_segments)
+    factors = over(factors_of, "head", "head", "row", stream, "head")(queries, features, exactly[0], reached, starts)
+    near, near_top = over(chunk.near, *near_kinds)(query, keys, *exactly)
 
     precision = precision_of(query.dtype)
-    arguments = factors.read, factors.add, near_top, over(chunk.causal, "row")(reached.document), reached.document
-    kinds: tuple[Kind, ...] = ("head", "head", "head", "row", "row")
+    arguments = factors.read, factors.add, near_top, over(chunk.causal, stream)(reached.document), reached.document
+    kinds: tuple[Kind, ...] = ("head", "head", "head", stream, stream)
     level, any_way = (functools.partial(way, precision=precision) for way in (level_weights, steep_weights))
     # Decided once for all heads and rows: under `vmap`, one condition for each would compute both branches.
     steep = jnp.any(factors.add >= STEEP, axis=(0, 1, -2, -1))
@@ -232,7 +279,8 @@ def _group(
     # pass.
     @jax.checkpoint
     def chunk_by_chunk(*arguments: jax.Array) -> tuple[jax.Array, ...]:
-        one = functools.partial(per_head, head_axes=(0, 0, 0, None, None), row_axes=(0,) * 5)
+        heads = tuple(None if kind == "row" else 0 for kind in kinds)
+        one = functools.partial(per_head, head_axes=heads, row_axes=(0,) * 5)
         if not several:
             return one(any_way)(*arguments)
         chunks = [jnp.moveaxis(x, 1 if kind == "row" else 2, 0) for x, kind in zip(arguments, kinds, strict=True)]
@@ -245,9 +293,9 @@ def _group(
         top, factor, within = over(level, *kinds)(*arguments)
 
     if ends is None:
-        ends = over(chunk.end, "head", "row", "head")(factors, reached, starts)
-    sums_of = over(functools.partial(chunk.sums, precision=precision), "head", "head", "row", "head", "head")
-    sums = sums_of(values, factors, reached, starts, ends)
+        ends = over(chunk.end, "head", stream, "head")(factors, reached, starts)
+    sums_of = over(functools.partial(chunk.sums, precision=precision), "head", "head", stream, "head", "head")
+    sums = sums_of(going_values, factors, reached, starts, ends)
     if several:
         carry = per_head(_carry, (STATE_HEADS, 0), (STATE_ROWS, 0), (STATE_HEADS, 0), (STATE_ROWS, 0))
         following, (kv, z) = carry(following, sums)
@@ -255,11 +303,27 @@ def _group(
     else:
         following, (kv, z) = _advance(following, sums)
         following = dataclasses.replace(following, m=ends)
-    kinds = ("head", "head", "head", "head", "head", "row", "head", "head")
-    output_of = over(functools.partial(chunk.output, precision=precision), *kinds)
-    output = output_of(near, top, within, values, factor, reached.goes_on, kv, z)
+    output_of = functools.partial(chunk.output, precision=precision)
+    weighted = near, top, within, values, factor, reached.goes_on, kv, z
+    kinds = ("head", "head", "head", "head", "head", stream, "head", "head")
+    if stream == "row":
+        output = over(output_of, *kinds)(*weighted)
+    else:
+        output = over(output_of, *kinds, "head")(*weighted, going_values)
     output = jnp.swapaxes(output.reshape(*output.shape[:2], length, -1), 1, 2)
-    return (following, slots[:, length:], reached.document.reshape(len(left), -1)[:, -1]), output
+    document = reached.document.reshape(*document.shape, -1)[..., -1]
+    return (following, slots[:, length:], document), output
+
+
+def _take(x: Float[Array, "N D"], place: Int[Array, "*G C"]) -> Float[Array, "*G C D"]:
+    return x.at[place].get(mode="promise_in_bounds")
+
+
+def _with_kept(
+    kept: Float[Array, "M D"], window: Float[Array, "W D"], tokens: Float[Array, "T D"]
+) -> Float[Array, "N D"]:
+    """What can go into the sums in a group of T slots: what was kept before, and what leaves the window."""
+    return jnp.concatenate([kept, jnp.concatenate([window, tokens])[: len(tokens)]])
 
 
 def _overlapping(x: Array, window: int, size: int) -> Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gsa_jax.ops.kept import importance
 from gsa_jax.ops.precision import precision_of
 from gsa_jax.ops.state import (
     FLOOR,
@@ -35,7 +36,7 @@ def recurrent(
     splats: Splats,
     state: SplatState,
 ) -> tuple[Float[Array, "B T H D"], SplatState]:
-    """A scan of single steps: O(W + S) per token, in time and memory. A row is one document."""
+    """A scan of single steps: O(W + M + S) per token, in time and memory. A row is one document."""
     step = per_head(
         _step, (0, 0, 0, None, 0, STATE_HEADS), (0, 0, 0, 0, None, STATE_ROWS), (0, STATE_HEADS), (0, STATE_ROWS)
     )
@@ -78,22 +79,62 @@ def _step(
         own = jnp.where(valid, jnp.sum(wide_query * key.astype(dtype)), -jnp.inf)
         near = jnp.concatenate([ring, own[None]])
 
-    left_key, left_value, left_valid = left
-    feature = key_features(splats, left_key.astype(dtype)[None], left_valid[None])[0]
+    state, going = _keep_or_let_go(splats, state, *left, slot=state.length - window)
+    going_key, going_value, goes = going
+    feature = key_features(splats, going_key.astype(dtype)[None], goes[None])[0]
     m = jax.lax.stop_gradient(jnp.maximum(state.m, feature))
-    kept, added = exp_relative(state.m - m), exp_relative(feature - m)
-    kv, kv_rest = compensated(state.kv, state.kv_rest, kept[:, None], added[:, None] * left_value.astype(dtype))
-    z, z_rest = compensated(state.z, state.z_rest, kept, added)
+    old, added = exp_relative(state.m - m), exp_relative(feature - m)
+    kv, kv_rest = compensated(state.kv, state.kv_rest, old[:, None], added[:, None] * going_value.astype(dtype))
+    z, z_rest = compensated(state.z, state.z_rest, old, added)
 
     far = query_features(splats, wide_query[None])[0] + m
-    top = jax.lax.stop_gradient(jnp.max(jnp.concatenate([near, far]), initial=FLOOR))
-    near, far = exp_relative(near - top), exp_relative(far - top)
-    numerator, denominator = dot(far, kv), jnp.sum(near) + dot(far, z)
+    kept = jnp.where(state.kept_slot >= 0, dot(state.kept_key.astype(dtype), wide_query), -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(jnp.concatenate([near, kept, far]), initial=FLOOR))
+    near, kept, far = (exp_relative(x - top) for x in (near, kept, far))
+    numerator, denominator = dot(far, kv), jnp.sum(near) + jnp.sum(kept) + dot(far, z)
+    numerator += dot(kept, state.kept_value.astype(dtype))
     if window:
         numerator += dot(near[:-1], state.value.astype(dtype)) + near[-1] * value.astype(dtype)
     output = weighted_mean(numerator, denominator)
     sums = dataclasses.replace(state, kv=kv, kv_rest=kv_rest, z=z, z_rest=z_rest, m=m, length=state.length + 1)
     return output, sums
+
+
+def _keep_or_let_go(
+    splats: Splats,
+    state: SplatState,
+    key: Float[Array, "D"],
+    value: Float[Array, "D"],
+    valid: Bool[Array, ""],
+    *,
+    slot: Int[Array, ""],
+) -> tuple[SplatState, tuple[Float[Array, "D"], Float[Array, "D"], Bool[Array, ""]]]:
+    """What becomes of a key that leaves the window: it is kept in place of the least important one, or is not.
+
+    Returns:
+        The state with the kept keys after that, and the key that goes into the sums: it, its value, and whether there
+        is any.
+    """
+    if not len(state.kept_slot):
+        return state, (key, value, valid)
+    own = importance(splats, key[None], value[None])[0]
+    taken = state.kept_slot >= 0
+    # The least important one, of several the newest, or a place that is free.
+    ranked = jnp.where(taken, state.kept_importance, -jnp.inf)
+    newest = jnp.where(taken, state.kept_slot, jnp.iinfo(jnp.int32).max)
+    least = jnp.argmax(jnp.where(ranked == jnp.min(ranked), newest, -1))
+    enters = valid & (~taken[least] | (own > state.kept_importance[least]))
+    going = state.kept_key[least], state.kept_value[least], taken[least]
+    going = tuple(jnp.where(enters, x, y) for x, y in zip(going, (key, value, valid), strict=True))
+    here = enters & (jnp.arange(len(taken)) == least)
+    state = dataclasses.replace(
+        state,
+        kept_key=jnp.where(here[:, None], key, state.kept_key),
+        kept_value=jnp.where(here[:, None], value, state.kept_value),
+        kept_importance=jnp.where(here, own, state.kept_importance),
+        kept_slot=jnp.where(here, slot, state.kept_slot),
+    )
+    return state, going
 
 
 def _write(

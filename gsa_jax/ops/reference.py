@@ -4,7 +4,9 @@
 
     near(i, j)   = q_i . k_j
     far(i, j)    = logsumexp_s( log phi_s(q_i) + log phi_s(k_j) + log a_s ) + beta (|q_i|^2 + |k_j|^2) + lambda
-    score(i, j)  = near(i, j) if i - j < W, else far(i, j); -inf if j > i, or i and j are not of one document
+    score(i, j)  = near(i, j) if i - j < W, or j is kept at i, else far(i, j); -inf if j > i, or i and j are not of one
+                   document
+    j is kept at i if i - j >= W and fewer than M of the other such keys are more important, or older and as important
 
     output_i     = sum_j softmax_j(score(i, .)) v_j
 
@@ -16,8 +18,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from gsa_jax.ops.kept import importance
 from gsa_jax.ops.precision import precision_of
 from gsa_jax.ops.segments import visible
 from gsa_jax.ops.state import FLOOR, Splats, SplatState, append_to_window, weighted_mean, without_padding
@@ -30,14 +33,23 @@ def scores(
     key_segments: Int[Array, "K"],
     splats: Splats,
     window: int,
+    importance: Float[Array, "K"],
+    kept: int,
 ) -> Float[Array, "T K"]:
     """The definition, for the last T of K tokens as queries."""
     log_query, log_key = log_factors(splats, query, key)
     near = jnp.matmul(query, key.T, precision=precision_of(query.dtype))
     far = jax.nn.logsumexp(log_query[:, None, :] + log_key[None, :, :], axis=-1)
     distance = jnp.arange(len(key) - len(query), len(key))[:, None] - jnp.arange(len(key))
-    score = jnp.where(distance < window, near, far)
-    return jnp.where((distance >= 0) & visible(query_segments, key_segments), score, -jnp.inf)
+    seen = (distance >= 0) & visible(query_segments, key_segments)
+    score = jnp.where((distance < window) | most_important(importance, seen & (distance >= window), kept), near, far)
+    return jnp.where(seen, score, -jnp.inf)
+
+
+def most_important(importance: Float[Array, "K"], far: Bool[Array, "*T K"], kept: int) -> Bool[Array, "*T K"]:
+    """Which far keys are kept: those of most importance, and the older of two that are as important."""
+    order = jnp.argsort(jnp.where(far, -importance, jnp.inf), axis=-1, stable=True)
+    return far & (jnp.argsort(order, axis=-1, stable=True) < kept)
 
 
 def log_factors(
@@ -65,17 +77,24 @@ def reference(
 ) -> tuple[Float[Array, "T D"], SplatState]:
     """The dense form: O(T^2 S) time and memory, float32 or float64 as `state.z` is; the window in the order of time.
 
-    The keys before these are in the state: those of the window one by one, older ones as sums over each splat.
+    The keys before these are in the state: those of the window and the kept ones one by one, others as sums over each
+    splat.
 
     With several documents the state before must be empty, and the one after means nothing.
     """
-    length, dtype = len(query), state.z.dtype
+    length, window, kept, dtype = len(query), len(state.key), len(state.kept_slot), state.z.dtype
     query, key, value = (without_padding(x, segments) for x in (query, key, value))
     following = append_to_window(state, key, value, segments)
-    key, value = jnp.concatenate([state.key, key]), jnp.concatenate([state.value, value])
-    key_segments = jnp.concatenate([state.valid.astype(segments.dtype), segments])
+    # Kept keys are older than the window, and stand before it in the order of time.
+    old = jnp.argsort(state.kept_slot)
+    key = jnp.concatenate([state.kept_key[old], state.key, key])
+    value = jnp.concatenate([state.kept_value[old], state.value, value])
+    slots = jnp.concatenate([state.kept_slot[old], jnp.arange(-window, length, dtype=jnp.int32) + state.length])
+    known = jnp.concatenate([state.kept_slot[old] >= 0, state.valid]).astype(segments.dtype)
+    key_segments = jnp.concatenate([known, segments])
+    importances = jnp.concatenate([state.kept_importance[old], importance(splats, key[kept:], value[kept:])])
     query, key, value = (x.astype(dtype) for x in (query, key, value))
-    score = scores(query, key, segments, key_segments, splats, len(state.key))
+    score = scores(query, key, segments, key_segments, splats, window, importances, kept)
 
     log_query, log_key = log_factors(splats, query, key)
     complete = splats.complete(dtype)
@@ -88,14 +107,21 @@ def reference(
     dot = functools.partial(jnp.matmul, precision=precision_of(dtype))
     output = weighted_mean(dot(weights, value) + dot(older, state.kv), denominator)
 
-    left = jnp.where((key_segments[:length] != 0)[:, None], log_key[:length] + shared, -jnp.inf)
+    left = (key_segments != 0) & (jnp.arange(len(key)) < kept + length)
+    stay = most_important(importances, left, kept)
+    left = jnp.where((left & ~stay)[:, None], log_key + shared, -jnp.inf)
     m = jax.lax.stop_gradient(jnp.maximum(state.m, jnp.max(left, axis=0)))
-    left, kept = jnp.exp(left - m), jnp.exp(state.m - m)
+    left, rest = jnp.exp(left - m), jnp.exp(state.m - m)
+    chosen = jnp.argsort(~stay, stable=True)[:kept]
     return output, dataclasses.replace(
         following,
-        kv=kept[:, None] * (state.kv + state.kv_rest) + dot(left.T, value[:length]),
+        kept_key=jnp.where(stay[chosen, None], key[chosen], 0).astype(state.key.dtype),
+        kept_value=jnp.where(stay[chosen, None], value[chosen], 0).astype(state.value.dtype),
+        kept_importance=jnp.where(stay[chosen], importances[chosen], 0),
+        kept_slot=jnp.where(stay[chosen], slots[chosen], -1),
+        kv=rest[:, None] * (state.kv + state.kv_rest) + dot(left.T, value),
         kv_rest=jnp.zeros_like(state.kv),
-        z=kept * (state.z + state.z_rest) + jnp.sum(left, axis=0),
+        z=rest * (state.z + state.z_rest) + jnp.sum(left, axis=0),
         z_rest=jnp.zeros_like(state.z),
         m=m,
     )

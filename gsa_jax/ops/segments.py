@@ -125,7 +125,7 @@ def reached_by(left: Int[Array, "T"], before: Int[Array, ""]) -> Reached:
     return Reached(document, so_far == document, first, document == before)
 
 
-def documents_before(left: Int[Array, "B G C"], document: Int[Array, "B"]) -> Int[Array, "B G"]:
+def documents_before(left: Int[Array, "*BH G C"], document: Int[Array, "*BH"]) -> Int[Array, "*BH G"]:
     """The document that the keys before each chunk have reached."""
-    ends = jnp.maximum(jax.lax.cummax(jnp.max(left, axis=2), axis=1), document[:, None])
-    return jnp.concatenate([document[:, None], ends[:, :-1]], axis=1)
+    ends = jax.lax.cummax(jnp.max(left, axis=-1), axis=left.ndim - 2)
+    return jnp.concatenate([document[..., None], jnp.maximum(ends, document[..., None])[..., :-1]], axis=-1)

@@ -31,7 +31,7 @@ _HIGHEST = 10.0
 @no_type_check  # a pytree also holds axes, shapes and shardings
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["centers", "log_scales", "log_amplitudes", "norm_gain", "far_gain"],
+    data_fields=["centers", "log_scales", "log_amplitudes", "norm_gain", "far_gain", "importance"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Splats:
         log_amplitudes: log(a_s); `None` means 0.
         norm_gain: beta, the weight of `|query|^2 + |key|^2` in the far score; `None` means 0.
         far_gain: lambda, added to each far score; `None` means 0.
+        importance: of a key that left the window: weights of the key, of its value, and of `|key|^2`, by which it is
+            decided which keys are kept; `None` means `|key|^2` alone. It has no gradient.
     """
 
     centers: Float[Array, "*H S D"]
@@ -51,9 +53,10 @@ class Splats:
     log_amplitudes: Float[Array, "*H S"] | None = None
     norm_gain: Float[Array, "*H"] | None = None
     far_gain: Float[Array, "*H"] | None = None
+    importance: Float[Array, "*H 2*D+1"] | None = None
 
     def complete(self, dtype: jax.typing.DTypeLike) -> Splats:
-        """The same in this dtype, with zeros in place of every `None`."""
+        """What the far score takes, in this dtype, with zeros in place of every `None`."""
         per_splat, per_head = jnp.zeros_like(self.log_scales), jnp.zeros(self.log_scales.shape[:-1])
         filled = Splats(
             self.centers,
@@ -73,14 +76,28 @@ def no_splats(heads: int, head_dim: int) -> Splats:
 @no_type_check
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["key", "value", "valid", "kv", "kv_rest", "z", "z_rest", "m", "length"],
+    data_fields=[
+        "key",
+        "value",
+        "valid",
+        "kept_key",
+        "kept_value",
+        "kept_importance",
+        "kept_slot",
+        "kv",
+        "kv_rest",
+        "z",
+        "z_rest",
+        "m",
+        "length",
+    ],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class SplatState:
-    """The past, in constant size: the window exactly, everything older as sums over each splat.
+    """The past, in constant size: the window and M kept keys exactly, everything else as sums over each splat.
 
-    A key that left the window has, for splat s, the log feature `f = log phi_s(key) + |c_s|^2 / (2 sigma_s^2) +
+    A key that is in the sums has, for splat s, the log feature `f = log phi_s(key) + |c_s|^2 / (2 sigma_s^2) +
     beta |key|^2`. Its second term removes a constant from `log phi_s`; the query's feature contains it instead, where
     it costs no precision.
 
@@ -88,7 +105,11 @@ class SplatState:
         key: the last W keys; the token at slot t lies at index `t % W`. Padding is stored as zeros.
         value: their values.
         valid: which of them are tokens: not padding, and already written.
-        kv: sum of `exp(f - m) value` over the keys that left the window.
+        kept_key: the M keys of most importance of those that left the window, in any order.
+        kept_value: their values.
+        kept_importance: `gsa_jax.ops.kept.importance` of each.
+        kept_slot: the slot of each; -1 where there is none yet.
+        kv: sum of `exp(f - m) value` over the keys that left the window and are not kept.
         kv_rest: what rounding has so far left out of `kv`. Without it, the sum over a million tokens is wrong by up to
             percents, because each addition to a large sum is rounded the same way.
         z: sum of `exp(f - m)`.
@@ -100,6 +121,10 @@ class SplatState:
     key: Float[Array, "*BH W D"]
     value: Float[Array, "*BH W D"]
     valid: Bool[Array, "*B W"]
+    kept_key: Float[Array, "*BH M D"]
+    kept_value: Float[Array, "*BH M D"]
+    kept_importance: Float[Array, "*BH M"]
+    kept_slot: Int[Array, "*BH M"]
     kv: Float[Array, "*BH S D"]
     kv_rest: Float[Array, "*BH S D"]
     z: Float[Array, "*BH S"]
@@ -108,7 +133,8 @@ class SplatState:
     length: Int[Array, ""]
 
 
-STATE_HEADS = SplatState(key=0, value=0, valid=None, kv=0, kv_rest=0, z=0, z_rest=0, m=0, length=None)  # type: ignore[arg-type]
+STATE_HEADS = SplatState(**{field.name: 0 for field in dataclasses.fields(SplatState)})  # type: ignore[arg-type]
+STATE_HEADS = dataclasses.replace(STATE_HEADS, valid=None, length=None)  # type: ignore[arg-type]
 STATE_ROWS = dataclasses.replace(STATE_HEADS, valid=0)
 """Axes over which `jax.vmap` maps the state of a row to its heads, and of a batch to its rows."""
 
@@ -118,8 +144,12 @@ def sums_dtype(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
-def init_splat_state(splats: Splats, batch: int, window: int, dtype: jax.typing.DTypeLike) -> SplatState:
-    """The state before the first token, for keys and values of `dtype`; the sums are float32 at least."""
+def init_splat_state(splats: Splats, batch: int, window: int, dtype: jax.typing.DTypeLike, kept: int = 0) -> SplatState:
+    """The state before the first token, for keys and values of `dtype`; the sums are float32 at least.
+
+    Args:
+        kept: M, how many keys stay exact after they left the window.
+    """
     heads, num_splats, head_dim = splats.centers.shape
     wide = sums_dtype(dtype)
     kv = jnp.zeros((batch, heads, num_splats, head_dim), wide)
@@ -128,6 +158,10 @@ def init_splat_state(splats: Splats, batch: int, window: int, dtype: jax.typing.
         key=jnp.zeros((batch, heads, window, head_dim), dtype),
         value=jnp.zeros((batch, heads, window, head_dim), dtype),
         valid=jnp.zeros((batch, window), bool),
+        kept_key=jnp.zeros((batch, heads, kept, head_dim), dtype),
+        kept_value=jnp.zeros((batch, heads, kept, head_dim), dtype),
+        kept_importance=jnp.zeros((batch, heads, kept), wide),
+        kept_slot=jnp.full((batch, heads, kept), -1, jnp.int32),
         kv=kv,
         kv_rest=kv,
         z=z,

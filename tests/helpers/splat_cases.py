@@ -42,11 +42,17 @@ def draw(
     head_dim: int = 8,
     scale: float = 2.0,
     optional: bool = False,
+    learned: bool = False,
     pads: float = 0.0,
     dtype: jax.typing.DTypeLike = jnp.float32,
     seed: int = 0,
 ) -> Case:
-    """Normal queries, keys, values and centres, scales around `scale`, a share `pads` of padding at random slots."""
+    """Normal queries, keys, values and centres, scales around `scale`, a share `pads` of padding at random slots.
+
+    Args:
+        optional: with all terms of the far score.
+        learned: with weights of the importance of keys.
+    """
     random = np.random.default_rng(seed)
 
     def normal(*shape: int, std: float = 1.0) -> jax.Array:
@@ -60,6 +66,8 @@ def draw(
             norm_gain=normal(heads, std=0.1),
             far_gain=normal(heads),
         )
+    if learned:
+        splats = dataclasses.replace(splats, importance=normal(heads, 2 * head_dim + 1))
     query, key, value = (normal(batch, length, heads, head_dim).astype(dtype) for _ in range(3))
     return Case(query, key, value, splats, jnp.asarray(random.random((batch, length)) >= pads))
 
@@ -71,9 +79,14 @@ def relative_error(got: jax.typing.ArrayLike, want: jax.typing.ArrayLike, floor:
 
 
 def settled(state: SplatState) -> SplatState:
-    """With what rounding left out of the sums added to them: how it is shared out depends on the implementation."""
-    zero = {"kv_rest": jnp.zeros_like(state.kv), "z_rest": jnp.zeros_like(state.z)}
-    return dataclasses.replace(state, kv=state.kv + state.kv_rest, z=state.z + state.z_rest, **zero)
+    """With what rounding left out of the sums added to them, and kept keys in the order of their slots: how the one is
+    shared out, and in which order the others are, depends on the implementation."""
+    same = {"kv_rest": jnp.zeros_like(state.kv), "z_rest": jnp.zeros_like(state.z)}
+    order = jnp.argsort(state.kept_slot, axis=-1)
+    for name in ("kept_key", "kept_value", "kept_importance", "kept_slot"):
+        array = getattr(state, name)
+        same[name] = jnp.take_along_axis(array, order if array.ndim == 3 else order[..., None], axis=2)
+    return dataclasses.replace(state, kv=state.kv + state.kv_rest, z=state.z + state.z_rest, **same)
 
 
 def assert_close(got: object, want: object, tolerance: float) -> None:
@@ -111,6 +124,7 @@ def compiled(
     implementation: str | None = None,
     chunk_size: int | None = CHUNK,
     chunks_at_once: int | None = AT_ONCE,
+    kept: int = 0,
 ):
     """`call(case, state) -> (output, state)`."""
 
@@ -121,6 +135,7 @@ def compiled(
             case.value,
             case.splats,
             window=window,
+            kept=kept,
             attention_mask=case.mask,
             initial_state=state,
             implementation=implementation,  # type: ignore[arg-type]
@@ -137,9 +152,10 @@ def compiled_gradients(
     implementation: str | None = None,
     chunk_size: int | None = CHUNK,
     chunks_at_once: int | None = AT_ONCE,
+    kept: int = 0,
 ):
     """`call(case) -> (output, state), gradients` by query, key, value and splats of all outputs and of the state."""
-    return gradients_of(compiled(window, implementation, chunk_size, chunks_at_once))
+    return gradients_of(compiled(window, implementation, chunk_size, chunks_at_once, kept))
 
 
 def gradients_of(attend: Callable[[Case], tuple[jax.Array, SplatState | None]]):
