@@ -26,6 +26,7 @@ SHORT = "--steps 150 --batch-size 4 --optimizer.warmup-steps 20"
 FINETUNE = "--batch-size 4 --optimizer.warmup-steps 20 --optimizer.learning-rate 5e-4 --teacher-weight 0.5"
 NO_TERMS = "--preset seed-phase1 --layers global"
 HARD = "--num-splats 64 --window 16"
+KEPT = "--kept 32 --importance learned"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,11 @@ def _ablation(attach: str = HARD, distill: str = SHORT, *, random: bool = False)
 
 
 ROWS = {
+    "kept-64": Row(f"--num-splats 64 --window 64 {KEPT}", LONG, finetune_steps=800),
+    "kept-16": Row(f"{HARD} {KEPT}", LONG, finetune_steps=800),
+    "kept-4": Row(f"--num-splats 64 --window 4 {KEPT}", LONG, finetune_steps=800),
+    "kept-0": Row(f"--num-splats 128 --window 0 {KEPT}", LONG, finetune_steps=800),
+    "kept-two": Row(f"--num-splats 2 --window 64 {KEPT}", LONG, finetune_steps=800),
     "hybrid": Row("--num-splats 64 --window 64", LONG, finetune_steps=800),
     "hard": Row(HARD),
     "pure": Row("--num-splats 128 --window 0", LONG),
@@ -73,8 +79,10 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="training text")
     parser.add_argument("--eval-text", type=Path, required=True, help="held-out text")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and runs")
+    parser.add_argument("--seed", type=int, default=0, help="of centres, and of the order of the text")
     given = parser.parse_args()
-    row, folder = ROWS[given.row], given.out / given.row
+    name = given.row if not given.seed else f"{given.row}, seed {given.seed}"
+    row, folder, seed = ROWS[given.row], given.out / name.replace(", seed ", "-"), f"--seed {given.seed}"
     text, held_out = f"--text {given.text}", f"--text {given.eval_text}"
 
     plain, fitted = given.out / "plain", folder / "fitted"
@@ -82,18 +90,19 @@ def main() -> None:
     if row.documents is not None:
         held_out += f" --max-documents {row.documents}"
     attach = f"convert {MODEL} {fitted}" if row.random else f"fit-init {plain} {fitted} {text}"
-    make(fitted, f"{attach} {row.attach}")
+    make(fitted, f"{attach} {row.attach}" + ("" if row.random else f" {seed}"))
     found = {"fitted": _scores(fitted, folder / "fitted.json", held_out)}
-    distilled = train(folder / "distilled", f"distill {fitted}", f"{text} {row.distill}")
+    distilled = train(folder / "distilled", f"distill {fitted}", f"{text} {row.distill} {seed}")
     found["distilled"] = _scores(distilled, folder / "distilled.json", held_out)
     if row.finetune_steps is not None:
         # The control has the same tokens, the same objective and the same teacher.
-        options = f"{text} --steps {row.finetune_steps} {FINETUNE}"
-        exact = train(given.out / f"exact-{row.finetune_steps}", f"finetune {plain}", options)
+        options = f"{text} --steps {row.finetune_steps} {FINETUNE} {seed}"
+        control = f"exact-{row.finetune_steps}" + (f"-{given.seed}" if given.seed else "")
+        exact = train(given.out / control, f"finetune {plain}", options)
         tuned = train(folder / "finetuned", f"finetune {distilled}", options)
         found["finetuned"] = _scores(tuned, folder / "finetuned.json", f"{held_out} --reference {exact}")
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    results[given.row] = {"options": dataclasses.asdict(row), **found}
+    results[name] = {"options": dataclasses.asdict(row), **found}
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for stage, scores in found.items():
         print(stage, json.dumps(scores))
@@ -113,7 +122,8 @@ def _scores(checkpoint: Path, out: Path, options: str) -> dict[str, Any]:
         "tokens": values["tokens"],
         "exact_perplexity": values["arms"][0]["perplexity"]["value"],
         "ratios": {arm["name"]: arm["perplexity_ratio"] for arm in values["arms"][1:]},
-        "gap_closed": values["gap_closed"],
+        "state_bytes": values["state_bytes"],
+        "gap_closed": {name: values[name] for name in ("gap_closed", "closed_by_splats", "closed_by_kept")},
     }
 
 

@@ -46,7 +46,7 @@ def ours(folder: str, context: int, hybrid: bool) -> Callable[[], Any]:
     if hybrid:
         config = dataclasses.replace(config, splats=SPLAT_PRESETS["hybrid"])
         for layer in config.splat_layers:
-            for name, array in init_splats(jax.random.key(layer), config).items():
+            for name, array in init_splats(jax.random.key(layer), config, layer).items():
                 params[attention_tensor(layer, name)] = array
     optimizer = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", final_share=1.0), 1000)
     objective = cross_entropy(lambda params: build_model(config, params))

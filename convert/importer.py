@@ -171,12 +171,12 @@ def _attach(
     if isinstance(splats, Path):
         splats, trained = read_splats(splats, config)
         return dataclasses.replace(config, splats=splats), trained
-    if splats.num_splats == 0:
+    if not splats.has_splats:
         raise InputError("num_splats = 0: attach one splat at least, or leave the option out")
     config = dataclasses.replace(config, splats=splats)
     tensors = {}
     for layer in config.splat_layers:
-        new = init_splats(jax.random.fold_in(jax.random.key(0), layer), config, jnp.dtype(dtype))
+        new = init_splats(jax.random.fold_in(jax.random.key(0), layer), config, layer, jnp.dtype(dtype))
         for name, tensor in new.items():
             tensors[attention_tensor(layer, name)] = np.asarray(tensor)
     return config, tensors

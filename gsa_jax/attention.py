@@ -5,6 +5,7 @@ May be changed here: projections and head bookkeeping (`GPTNeoSelfAttention`), w
 lives in `gsa_jax.ops`.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,17 +13,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.config import OPTIONAL_TERMS, GPTNeoConfig
+from gsa_jax.config import OPTIONAL_TERMS, GPTNeoConfig, LayerSplats, Window
 from gsa_jax.layers import Linear
-from gsa_jax.ops import Splats, SplatState, Window, no_splats, splat_attention
+from gsa_jax.ops import Splats, SplatState, init_splat_state, no_splats, splat_attention
 
 
 class GPTNeoSelfAttention(nnx.Module):
     """Multi-head attention as in `transformers` v4.57 `GPTNeoSelfAttention`: unscaled, q/k/v without bias."""
 
     def __init__(self, config: GPTNeoConfig, layer: int, *, rngs: nnx.Rngs) -> None:
-        self.num_heads = config.num_heads
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.window: Window = config.windows[layer]
+        self.kept = config.layer_splats[layer].kept if layer in config.splat_layers else 0
         self.attention_implementation = config.attention_implementation
 
         def projection(use_bias: bool) -> Linear:
@@ -61,6 +63,7 @@ class GPTNeoSelfAttention(nnx.Module):
         context, following = self._attn(
             *self.project(hidden_states),
             window=window,
+            kept=self.kept,
             attention_mask=attention_mask,
             segment_ids=segment_ids,
             initial_state=state,
@@ -88,29 +91,31 @@ class GPTNeoSelfAttention(nnx.Module):
         splats: Splats | None = None,
         **call: Any,
     ) -> tuple[Float[Array, "B T H D"], SplatState | None]:
-        splats = splats or no_splats(self.num_heads, query.shape[-1])
+        splats = splats or no_splats(self.num_heads, self.head_dim)
         return splat_attention(query, key, value, splats, **call)
 
 
 class GSASelfAttention(GPTNeoSelfAttention):
-    """Attention that carries Gaussian splats: centres `[H, S, D]`, logarithms of their scales `[H, S]`, optional terms.
+    """Attention that carries Gaussian splats: centres `[H, S, D]`, logarithms of their scales `[H, S]`, optional terms,
+    and weights of the importance of keys.
 
-    With a finite `config.splats.window`, what lies beyond the window is seen through the splats. With `"all"` they are
-    attached and unused, and the result is bit for bit that of `GPTNeoSelfAttention`.
+    With a finite `config.splats.window`, what lies beyond the window is seen through the splats, but for kept keys.
+    With `"all"` splats are attached and unused, and the result is bit for bit that of `GPTNeoSelfAttention`.
     """
 
     def __init__(self, config: GPTNeoConfig, layer: int, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, layer, rngs=rngs)
-        assert config.splats is not None, "GSASelfAttention needs config.splats"
-        self.through_splats = config.splats.window != "all"
-        for name, parameter in init_splats(rngs.params(), config).items():
+        self.through_splats = config.layer_splats[layer].window != "all"
+        for name, parameter in init_splats(rngs.params(), config, layer).items():
             setattr(self, name, nnx.Param(parameter))
 
     @property
     def splats(self) -> Splats:
         """The parameters as the op takes them."""
-        terms = {name: getattr(self, f"splat_{name}", None) for name in ("centers", "log_scales", *OPTIONAL_TERMS)}
-        return Splats(**{name: term[...] for name, term in terms.items() if term is not None})
+        names = ("centers", "log_scales", *OPTIONAL_TERMS, "importance")
+        terms = {name: getattr(self, f"splat_{name}", None) for name in names}
+        given = {name: term[...] for name, term in terms.items() if term is not None}
+        return dataclasses.replace(no_splats(self.num_heads, self.head_dim), **given)
 
     def _attn(
         self,
@@ -128,25 +133,54 @@ class GPTNeoAttention(nnx.Module):
     """The level that Hugging Face's names have between a block and its attention (`attn.attention`)."""
 
     def __init__(self, config: GPTNeoConfig, layer: int, *, rngs: nnx.Rngs) -> None:
-        has_splats = config.splats is not None and config.splats.num_splats > 0 and layer in config.splat_layers
-        self.attention = (GSASelfAttention if has_splats else GPTNeoSelfAttention)(config, layer, rngs=rngs)
+        has_parameters = layer in config.splat_layers and bool(splat_shapes(config, layer))
+        self.attention = (GSASelfAttention if has_parameters else GPTNeoSelfAttention)(config, layer, rngs=rngs)
+
+
+def splat_shapes(config: GPTNeoConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the splat parameters of a layer that has splats, by their names in the model."""
+    splats, count = config.splats, config.layer_splats[layer].num_splats
+    assert splats is not None, "layers with splats come from config.splats"
+    heads, head_dim = config.num_heads, config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {}
+    if count:
+        terms = {"log_amplitudes": (heads, count), "norm_gain": (heads,), "far_gain": (heads,)}
+        shapes = {"splat_centers": (heads, count, head_dim), "splat_log_scales": (heads, count)}
+        shapes |= {f"splat_{name}": terms[name] for name in OPTIONAL_TERMS if getattr(splats, name)}
+    if splats.importance == "learned":
+        shapes["splat_importance"] = (heads, 2 * head_dim + 1)
+    return shapes
 
 
 def init_splats(
-    key: jax.Array, config: GPTNeoConfig, dtype: jax.typing.DTypeLike = jnp.float32
+    key: jax.Array, config: GPTNeoConfig, layer: int, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> dict[str, jax.Array]:
     """The splat parameters of one layer of a model that has seen no data, by their names in the model.
 
     Standard normal centres `[H, S, D]` are distinct, which is all that can be asked of them before they see queries and
-    keys; scales are 1 (their logarithms `[H, S]` 0), and the optional terms that `config.splats` turns on start at 0,
-    where they change nothing.
+    keys; scales are 1 (their logarithms `[H, S]` 0), the optional terms that `config.splats` turns on start at 0, where
+    they change nothing, and the importance of a key as its squared norm.
     """
-    splats = config.splats
-    assert splats is not None and splats.num_splats > 0, "the configuration has no splats"
-    per_splat = (config.num_heads, splats.num_splats)
-    shapes = {"log_amplitudes": per_splat, "norm_gain": (config.num_heads,), "far_gain": (config.num_heads,)}
-    return {
-        "splat_centers": jax.random.normal(key, (*per_splat, config.head_dim), dtype),
-        "splat_log_scales": jnp.zeros(per_splat, dtype),
-        **{f"splat_{name}": jnp.zeros(shapes[name], dtype) for name in OPTIONAL_TERMS if getattr(splats, name)},
-    }
+    parameters = {name: jnp.zeros(shape, dtype) for name, shape in splat_shapes(config, layer).items()}
+    if "splat_centers" in parameters:
+        parameters["splat_centers"] = jax.random.normal(key, parameters["splat_centers"].shape, dtype)
+    if "splat_importance" in parameters:
+        parameters["splat_importance"] = parameters["splat_importance"].at[:, -1].set(1)
+    return parameters
+
+
+def state_bytes(config: GPTNeoConfig, tokens: int | None = None) -> int:
+    """Bytes that the layers with splats remember of one text, in float32; what a layer has, `SplatState` says.
+
+    Args:
+        tokens: length of the text, for windows of `"all"`; otherwise it does not matter.
+    """
+
+    def state(splats: LayerSplats) -> SplatState:
+        window = tokens if splats.window == "all" else splats.window
+        assert window is not None, "an infinite window grows with the text"
+        centers = jnp.zeros((config.num_heads, splats.num_splats, config.head_dim))
+        return init_splat_state(Splats(centers, centers[..., 0]), 1, window, jnp.float32, splats.kept)
+
+    states = jax.eval_shape(lambda: [state(splats) for splats in config.layer_splats.values()])
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))

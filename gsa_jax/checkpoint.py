@@ -18,14 +18,14 @@ import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from gsa_jax.config import GPTNeoConfig, read_config
+from gsa_jax.config import GPTNeoConfig, Window, read_config
 from gsa_jax.errors import InputError, first_line
 from gsa_jax.files import new_folder
 from gsa_jax.model import GPTNeoForCausalLM
@@ -134,7 +134,8 @@ def load(
     dtype: jax.typing.DTypeLike = jnp.float32,
     param_dtype: jax.typing.DTypeLike | None = None,
     remat: bool = False,
-    window: int | Literal["all"] | None = None,
+    window: Window | None = None,
+    kept: int | None = None,
     attention_implementation: str = "auto",
 ) -> GPTNeoForCausalLM:
     """The model of a checkpoint folder.
@@ -144,16 +145,17 @@ def load(
         param_dtype: of the parameters; as the folder has them if None.
         remat: recompute each block in the backward pass instead of keeping its activations.
         window: tokens that splat layers attend to exactly, instead of as many as the checkpoint says; `"all"` makes
-            them exact, 0 leaves them nothing but splats.
+            them exact, 0 leaves them nothing but splats and kept keys.
+        kept: keys beyond the window that each head of a splat layer sees exactly, instead of as many as the checkpoint
+            says; with `window="all"` there are none.
         attention_implementation: what computes exact attention: `auto`, `xla`, `splash` (TPU) or `cudnn` (NVIDIA GPU).
 
     Raises:
-        InputError: the folder is not a checkpoint, is damaged, or its tensors do not fit its configuration; or it has
-            no splats and the window is finite.
+        InputError: the folder is not a checkpoint, is damaged, or its tensors do not fit its configuration; it has
+            no splats and the window is finite; or keys are to be kept with an infinite one.
     """
     config, tensors = load_tensors(folder)
-    if window is not None:
-        config = config.with_window(window)
+    config = config.with_window(window, kept)
     config = dataclasses.replace(
         config, dtype=jnp.dtype(dtype).name, remat=remat, attention_implementation=attention_implementation
     )

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from gsa_jax.errors import InputError
 
@@ -41,34 +41,55 @@ def _require_probability(name: str, value: Any) -> None:
         raise InputError(f"{name} = {value!r}: must be a probability in [0, 1)")
 
 
+Window = int | Literal["all"]
+"""Tokens seen exactly, the query's own included; `"all"` is an infinite window."""
+
+
+class LayerSplats(NamedTuple):
+    """What one layer with splats has: S splats per head, a window of W tokens, and M kept keys per head."""
+
+    num_splats: int
+    window: Window
+    kept: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplatConfig:
     """Attention through Gaussian splats: where, how many, and which terms of the far score are parameters.
 
+    The first three may be one number for all layers, or a list of one for each layer that has splats.
+
     Attributes:
-        num_splats: splats per head, S >= 0; with 0, a query sees its window and nothing else.
+        num_splats: splats per head, S >= 0; with 0, a query sees its window and kept keys, and nothing else.
         window: tokens that a query sees exactly, W >= 0, its own included. With `"all"`, each layer attends as it does
             in the plain model, and the splats are attached but unused.
+        kept: keys beyond the window that each head sees exactly, M >= 0: those of most importance.
         layers: `"global"` for the global ones, `"all"`, or their numbers. A local layer reaches beyond its own window
             through splats, as a global one does, once `window` is finite.
         log_amplitudes: each splat has an amplitude.
         norm_gain: each head weighs the squared norms of query and far key.
         far_gain: each head weighs far keys against near ones.
+        importance: what makes a key one to keep: its `"norm"`, or weights of each head that are `"learned"`.
     """
 
-    num_splats: int
-    window: int | Literal["all"] = "all"
+    num_splats: int | tuple[int, ...]
+    window: Window | tuple[int, ...] = "all"
+    kept: int | tuple[int, ...] = 0
     layers: str | tuple[int, ...] = "global"
     log_amplitudes: bool = False
     norm_gain: bool = False
     far_gain: bool = False
+    importance: Literal["norm", "learned"] = "norm"
 
     def __post_init__(self) -> None:
-        _require_int("num_splats", self.num_splats, 0)
-        if self.window != "all":
-            _require_int("window", self.window, 0)
-        if self.num_splats == 0 and self.window == 0:
-            raise InputError("num_splats = 0 with window = 0 leaves nothing to attend to; raise one of the two")
+        for name in ("num_splats", "window", "kept"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                object.__setattr__(self, name, tuple(value))
+                for number in value:
+                    _require_int(name, number, 0)
+            elif not (name == "window" and value == "all"):
+                _require_int(name, value, 0)
         if isinstance(self.layers, list | tuple):
             for layer in self.layers:
                 _require_int("layers", layer, 0)
@@ -78,6 +99,43 @@ class SplatConfig:
         for name in OPTIONAL_TERMS:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} = {getattr(self, name)!r}: must be true or false")
+        if self.importance not in ("norm", "learned"):
+            raise InputError(f"importance = {self.importance!r}: must be 'norm' or 'learned'")
+        if self.window == "all" and self.keeps:
+            raise InputError(
+                f"kept = {self.kept} with window = 'all': no key leaves the window; give a number of tokens"
+            )
+        self.of_layers(max(len(x) if isinstance(x, tuple) else 1 for x in (self.num_splats, self.window, self.kept)))
+
+    def of_layers(self, count: int) -> tuple[LayerSplats, ...]:
+        """What each of `count` layers has.
+
+        Raises:
+            InputError: a list has another length, or a layer has nothing to attend to.
+        """
+        columns = []
+        for name in ("num_splats", "window", "kept"):
+            value = getattr(self, name)
+            column = value if isinstance(value, tuple) else (value,) * count
+            if len(column) != count:
+                raise InputError(f"{name} = {list(column)}: has {len(column)} numbers for {count} layers with splats")
+            columns.append(column)
+        layers = tuple(LayerSplats(*values) for values in zip(*columns, strict=True))
+        if (0, 0, 0) in layers:
+            raise InputError(
+                "num_splats = 0 with window = 0 and kept = 0 leaves nothing to attend to; raise one of them"
+            )
+        return layers
+
+    @property
+    def has_splats(self) -> bool:
+        """Whether any layer has any."""
+        return any(self.num_splats) if isinstance(self.num_splats, tuple) else self.num_splats > 0
+
+    @property
+    def keeps(self) -> bool:
+        """Whether any layer keeps keys."""
+        return any(self.kept) if isinstance(self.kept, tuple) else self.kept > 0
 
 
 OPTIONAL_TERMS = ("log_amplitudes", "norm_gain", "far_gain")
@@ -182,6 +240,7 @@ class GPTNeoConfig:
                 raise InputError(f"splats.layers = {self.splats.layers!r}: the model has no such layer")
             if self.splat_layers[-1] >= self.num_layers:
                 raise InputError(f"splats.layers = {self.splats.layers!r}: the model has {self.num_layers} layers")
+            self.splats.of_layers(len(self.splat_layers))
 
     @property
     def attention_layers(self) -> tuple[str, ...]:
@@ -198,26 +257,40 @@ class GPTNeoConfig:
         return tuple(n for n, kind in enumerate(self.attention_layers) if self.splats.layers in ("all", kind))
 
     @property
-    def windows(self) -> tuple[int | Literal["all"], ...]:
+    def layer_splats(self) -> dict[int, LayerSplats]:
+        """What each layer with splats has, by its number."""
+        layers = self.splat_layers
+        return {} if self.splats is None else dict(zip(layers, self.splats.of_layers(len(layers)), strict=True))
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
         """Tokens that each layer attends to exactly, the query's own included; `"all"` for all of the past."""
-        kinds: dict[str, int | Literal["all"]] = {"global": "all", "local": self.window_size}
-        windows: list[int | Literal["all"]] = [kinds[kind] for kind in self.attention_layers]
-        if self.splats is not None and self.splats.window != "all":
-            for layer in self.splat_layers:
-                windows[layer] = self.splats.window
+        kinds: dict[str, Window] = {"global": "all", "local": self.window_size}
+        windows = [kinds[kind] for kind in self.attention_layers]
+        for layer, splats in self.layer_splats.items():
+            if splats.window != "all":
+                windows[layer] = splats.window
         return tuple(windows)
 
-    def with_window(self, window: int | Literal["all"]) -> GPTNeoConfig:
-        """The same model with another exact window of its splat layers.
+    def with_window(self, window: Window | None = None, kept: int | None = None) -> GPTNeoConfig:
+        """The same model with another exact window, or other kept keys, of its splat layers.
+
+        Args:
+            window: as it is if None. With `"all"` nothing is kept, unless `kept` says so.
+            kept: as it is if None.
 
         Raises:
-            InputError: the window is finite and there are no splats to attend through.
+            InputError: there are no splats to attend through, or `kept` is given with `window = "all"`.
         """
         if self.splats is None:
-            if window == "all":
+            if window in ("all", None) and not kept:
                 return self
-            raise InputError(f"window = {window}: the model has no splats; attach and fit them first: gsa fit-init")
-        return dataclasses.replace(self, splats=dataclasses.replace(self.splats, window=window))
+            what = f"window = {window}" if kept is None else f"kept = {kept}"
+            raise InputError(f"{what}: the model has no splats; attach and fit them first: gsa fit-init")
+        window = self.splats.window if window is None else window
+        if kept is None:
+            kept = 0 if window == "all" else self.splats.kept
+        return dataclasses.replace(self, splats=dataclasses.replace(self.splats, window=window, kept=kept))
 
     @property
     def head_dim(self) -> int:

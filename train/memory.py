@@ -189,7 +189,7 @@ def _block_residuals(
     config: GPTNeoConfig, context: int, dtype: jax.typing.DTypeLike
 ) -> list[list[jax.ShapeDtypeStruct]]:
     """What each kind of block keeps of one row when it is recomputed."""
-    layers = {(window, layer in config.splat_layers): layer for layer, window in enumerate(config.windows)}
+    layers = {(window, config.layer_splats.get(layer)): layer for layer, window in enumerate(config.windows)}
 
     def of_layer(layer: int) -> list[jax.ShapeDtypeStruct]:
         computing = dataclasses.replace(config, dtype=jnp.dtype(dtype).name)

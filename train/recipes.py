@@ -173,7 +173,7 @@ def _build(config: TrainConfig, model: GPTNeoConfig) -> Build:
 
 
 def _require_splats(checkpoint: Path, model: GPTNeoConfig) -> None:
-    if model.splats is None or model.splats.num_splats == 0:
+    if model.splats is None or not model.splats.has_splats:
         raise InputError(f"{checkpoint}: has no splats to train; attach and fit them first: gsa fit-init")
     if model.splats.window == "all":
         raise InputError(f"{checkpoint}: its window is all tokens, so its splats are unused; fit it with --window W")

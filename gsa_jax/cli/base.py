@@ -42,6 +42,10 @@ class SplatCommand(Command):
     """Splats per head."""
     window: int | Literal["all"] | None = None
     """Tokens seen exactly: a number, 0 for splats alone, or `all`, which leaves the splats unused."""
+    kept: int | None = None
+    """Keys beyond the window that each head sees exactly."""
+    importance: Literal["norm", "learned"] | None = None
+    """What makes a key one to keep: its norm, or weights that are fitted to the text."""
     layers: Literal["global", "all"] | None = None
     """Layers that have splats."""
     terms: tuple[Literal["log_amplitudes", "norm_gain", "far_gain"], ...] = ()
@@ -50,7 +54,7 @@ class SplatCommand(Command):
     def splat_config(self, default: SplatConfig | None) -> SplatConfig | None:
         """The preset or else the default, with what the other options say; None if nothing is given at all."""
         base = default if self.preset is None else SPLAT_PRESETS[self.preset]
-        options = ("num_splats", "window", "layers")
+        options = ("num_splats", "window", "kept", "importance", "layers")
         given: dict[str, Any] = {name: getattr(self, name) for name in options if getattr(self, name) is not None}
         given |= dict.fromkeys(self.terms, True)
         if base is not None:
@@ -58,6 +62,16 @@ class SplatCommand(Command):
         if given and self.num_splats is None:
             raise InputError(f"--{next(iter(given))}: how many splats? Give --num-splats or --preset as well")
         return SplatConfig(**given) if given else None
+
+
+def describe(splats: SplatConfig) -> str:
+    """What layers with splats have, in words."""
+
+    def numbers(value: int | str | tuple[int, ...]) -> str:
+        return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    kept = f", {numbers(splats.kept)} kept keys" if splats.keeps else ""
+    return f"{numbers(splats.num_splats)} splats, a window of {numbers(splats.window)} tokens{kept}"
 
 
 def progress(names: Iterable[str], label: str) -> Iterable[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from gsa_jax.cli.base import Command, print_table, progress
+from gsa_jax.cli.base import Command, describe, print_table, progress
 from gsa_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Eval(Command):
     """Predict the text; or find a number hidden in it, at 1, 2, 4 and 8 times the training length."""
     window: int | Literal["all"] | None = None
     """Tokens that splat layers see exactly: a number, or 0 for splats alone. By default the checkpoint's."""
+    kept: int | None = None
+    """Keys beyond the window that each head of a splat layer sees exactly. By default the checkpoint's."""
     context: int | None = None
     """Tokens of a row of text, by default all that the model has positions for; in passkey, the training length, by
     default all that the checkpoint has positions for."""
@@ -74,15 +76,23 @@ class Eval(Command):
             raise InputError("--position-extension does nothing alone; say how many positions: --max-positions N")
         if self.items is not None and self.task != "passkey":
             raise InputError(f"--items belongs to --task passkey; leave it out of {self.task}")
-        names = ("window", "context", "max_documents", "max_positions", "position_extension", "reference", "items")
+        names = (
+            "window",
+            "kept",
+            "context",
+            "max_documents",
+            "max_positions",
+            "position_extension",
+            "reference",
+            "items",
+        )
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return given | {"progress": lambda batches: progress(batches, "scoring")}
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:
     print_table(
-        f"{evaluation.checkpoint}: {evaluation.num_splats} splats and a window of {evaluation.window} tokens "
-        f"in layers {', '.join(map(str, evaluation.layers))}",
+        f"{evaluation.checkpoint}: {describe(evaluation.splats)} in layers {', '.join(map(str, evaluation.layers))}",
         ["model", "cross-entropy", "perplexity", "bits/byte", "ratio to exact"],
         [
             [
@@ -113,16 +123,25 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         print(note)
     documents = "1 document" if evaluation.documents == 1 else f"{evaluation.documents:,} documents"
     print(f"{documents}, {evaluation.tokens:,} tokens, {evaluation.bytes:,} bytes; context {evaluation.context}")
-    if evaluation.gap_closed is not None:
-        print(f"share of the gap from window-only to exact that the splats close: {_show(evaluation.gap_closed, 3)}")
-    elif not evaluation.notes:
-        print("window-only is no worse than exact: there is no gap that splats could close")
+    print(f"splat layers remember {evaluation.state_bytes:,} bytes of a text of any length")
+    gaps = {
+        "window-only": (
+            evaluation.gap_closed,
+            "splats and kept keys close" if evaluation.splats.keeps else "splats close",
+        ),
+        "without-splats": (evaluation.closed_by_splats, "splats close"),
+        "without-kept": (evaluation.closed_by_kept, "kept keys close"),
+    }
+    for arm, (share, what) in gaps.items():
+        if share is not None:
+            print(f"share of the gap from {arm} to exact that {what}: {_show(share, 3)}")
+        elif arm in names:
+            print(f"{arm} is no worse than exact: there is no gap to close")
 
 
 def _print_passkey(passkey: Passkey) -> None:
     print_table(
-        f"{passkey.checkpoint}: {passkey.num_splats} splats and a window of {passkey.window} tokens "
-        f"in layers {', '.join(map(str, passkey.layers))}",
+        f"{passkey.checkpoint}: {describe(passkey.splats)} in layers {', '.join(map(str, passkey.layers))}",
         ["tokens", "model", f"chosen of {passkey.candidates}", "said", "nats for being told"],
         [
             [

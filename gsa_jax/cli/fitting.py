@@ -14,7 +14,7 @@ from typing import Literal
 
 import tyro
 
-from gsa_jax.cli.base import Command, SplatCommand, print_table, progress, status
+from gsa_jax.cli.base import Command, SplatCommand, describe, print_table, progress, status
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,12 +58,29 @@ class FitInit(SplatCommand):
                     "" if head.far_gain is None else f"{head.far_gain:.2f}",
                     f"{head.teacher_entropy:.3f}",
                     f"{head.entropy:.3f}",
-                    f"{head.usage:.1f} of {report.splats.num_splats}",
+                    f"{head.usage:.1f}",
                     f"{head.dead_splats}",
                 ]
                 for head in report.heads
             ],
         )
+        if report.importances:
+            print_table(
+                "what makes a key one to keep: share of the weight that is misplaced, on held-out rows",
+                ["layer", "head", "nothing kept", "first tokens", "norm", "learned", "chosen"],
+                [
+                    [
+                        f"{head.layer}",
+                        f"{head.head}",
+                        f"{head.nothing_kept:.2%}",
+                        f"{head.first_tokens:.2%}",
+                        f"{head.norm:.2%}",
+                        f"{head.learned:.2%}",
+                        head.chosen,
+                    ]
+                    for head in report.importances
+                ],
+            )
         print(f"{report.tokens:,} tokens in {time.perf_counter() - started:.1f} s, compilation included")
         return 0
 
@@ -78,6 +95,8 @@ class Diagnose(Command):
     """UTF-8 file of documents to measure on."""
     window: int | Literal["all"] | None = None
     """Tokens seen exactly; as the checkpoint says by default."""
+    kept: int | None = None
+    """Keys beyond the window that each head sees exactly; as the checkpoint says by default."""
     json: Path | None = None
     """File to make with all numbers."""
 
@@ -86,11 +105,11 @@ class Diagnose(Command):
         from gsa_jax.fitting import diagnose
 
         with status("measuring"), new_file(self.json) if self.json else contextlib.nullcontext() as staging:
-            diagnostics = diagnose(self.checkpoint, self.text, window=self.window)
+            diagnostics = diagnose(self.checkpoint, self.text, window=self.window, kept=self.kept)
             if staging is not None:
                 staging.write_text(json.dumps(diagnostics.to_json(), indent=2) + "\n", encoding="utf-8")
         print_table(
-            f"{self.checkpoint}: window {diagnostics.window}, {diagnostics.tokens:,} tokens, "
+            f"{self.checkpoint}: {describe(diagnostics.splats)}; {diagnostics.tokens:,} tokens, "
             f"loss {diagnostics.loss:.4f}; of each pair the exact model's number comes first",
             [
                 "layer",
@@ -120,4 +139,10 @@ class Diagnose(Command):
                 for head in diagnostics.heads
             ],
         )
+        for head in diagnostics.heads:
+            if head.kept_words:
+                words = ", ".join(
+                    f"{word.word} ({word.times} times, {word.tokens:.0f} tokens)" for word in head.kept_words
+                )
+                print(f"layer {head.layer}, head {head.head} keeps: {words}")
         return 0

@@ -44,6 +44,9 @@ class Generate(Command):
     window: int | Literal["all"] | None = None
     """Tokens that splat layers see exactly: a number, 0 for splats alone, or `all`. By default the checkpoint's."""
 
+    kept: int | None = None
+    """Keys beyond the window that each head of a splat layer sees exactly. By default the checkpoint's."""
+
     def run(self) -> int:
         from gsa_jax.checkpoint import load, load_tokenizer
         from gsa_jax.generation import generate_stream
@@ -56,7 +59,7 @@ class Generate(Command):
             raise InputError(f"--num-samples {self.num_samples}: all the same at temperature 0; raise --temperature")
         if self.stream and (len(self.prompt) > 1 or self.num_samples > 1):
             raise InputError("--stream prints one text; give one --prompt and one sample")
-        model = load(self.checkpoint, dtype=self.dtype, param_dtype=self.dtype, window=self.window)
+        model = load(self.checkpoint, dtype=self.dtype, param_dtype=self.dtype, window=self.window, kept=self.kept)
         tokenizer = load_tokenizer(self.checkpoint)
         prompts = [tokenizer.encode(text) for text in self.prompt for _ in range(self.num_samples)]
         rows: list[list[int]] = [[] for _ in prompts]

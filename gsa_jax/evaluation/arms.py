@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from gsa_jax.checkpoint import load_tensors, load_tokenizer
-from gsa_jax.config import GPTNeoConfig
+from gsa_jax.config import GPTNeoConfig, Window
 from gsa_jax.errors import InputError
-from gsa_jax.ops import Window
-from gsa_jax.parameters import PositionExtension, attention_tensor, extend_positions, without_splats
+from gsa_jax.parameters import PositionExtension, attention_tensor, expected_shapes, extend_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ARMS = ("exact", "hybrid", "window-only", "splats-only", "none")
-"""What splat layers see: all keys exactly; keys as configured; window alone; splats alone; nothing (values are 0)."""
+ARMS = ("exact", "hybrid", "without-splats", "without-kept", "window-only", "none")
+"""What splat layers see: all keys exactly; keys as configured; window and kept keys; window and splats; the window
+alone; nothing (values are 0)."""
 
 Arm = tuple[GPTNeoConfig, Mapping[str, Any]]
 """Configuration and parameters of an ordinary model, in memory of numpy or JAX."""
@@ -30,16 +30,15 @@ Arm = tuple[GPTNeoConfig, Mapping[str, Any]]
 _TOKENS_AT_ONCE = 4096
 """Tokens whose logits are in memory together; a longer row runs alone."""
 
-NO_WINDOW = (
-    "hybrid and window-only are left out: with a window of 0 the hybrid is splats-only, "
-    "and window-only has nothing to attend to"
-)
+NO_WINDOW = "window-only is left out: with a window of 0 it has nothing to attend to"
+NOTHING_KEPT = "without-splats and without-kept are left out: no keys are kept, so they are window-only and hybrid"
 
 
 def load_arms(
     folder: str | Path,
     *,
     window: Window | None = None,
+    kept: int | None = None,
     max_positions: int | None = None,
     position_extension: PositionExtension = "interpolate",
     reference: str | Path | None = None,
@@ -48,6 +47,7 @@ def load_arms(
 
     Args:
         window: tokens that splat layers attend to exactly; as stored if None.
+        kept: keys beyond the window that each of their heads sees exactly; as stored if None.
         max_positions: positions of every arm, as `gsa_jax.parameters.extend_positions` makes them; as stored if None.
         position_extension: how it makes them.
         reference: checkpoint of the model to be the exact arm, e.g. one trained on the same tokens; its own splats, if
@@ -58,7 +58,7 @@ def load_arms(
             are fewer than the checkpoint's; or the reference has another vocabulary.
     """
     stored, tensors = load_tensors(folder)
-    config = stored if window is None else stored.with_window(window)
+    config = stored.with_window(window, kept)
     tokenizer = load_tokenizer(folder)
     exact = None if reference is None else load_tensors(reference)
     if reference is not None and load_tokenizer(reference).get_vocab() != tokenizer.get_vocab():
@@ -74,7 +74,7 @@ def load_arms(
 
 
 def make_arms(config: GPTNeoConfig, tensors: Mapping[str, Any], reference: Arm | None = None) -> dict[str, Arm]:
-    """The models to compare, by their names in `ARMS`; `"hybrid"` and `"window-only"` need a window above 0.
+    """The models to compare, by their names in `ARMS`; without those that `left_out` names.
 
     Args:
         reference: the model to be the exact arm, without its splats if it has any; the same weights if None.
@@ -84,7 +84,7 @@ def make_arms(config: GPTNeoConfig, tensors: Mapping[str, Any], reference: Arm |
             positions.
     """
     splats = config.splats
-    if splats is None or splats.num_splats == 0:
+    if splats is None or not splats.has_splats:
         raise InputError("the checkpoint has no splats to evaluate; attach and fit them first: gsa fit-init")
     if splats.window == "all":
         raise InputError("with a window of all tokens the splats are unused; give a number of tokens: --window W")
@@ -93,15 +93,33 @@ def make_arms(config: GPTNeoConfig, tensors: Mapping[str, Any], reference: Arm |
     if reference is not None:
         _check_reference(reference[0], config)
         arms["exact"] = reference[0].with_window("all"), reference[1]
-    if splats.window > 0:
-        _, bare = without_splats(config, tensors)
-        windowed = dataclasses.replace(config, splats=dataclasses.replace(splats, num_splats=0))
-        arms["hybrid"] = (config, tensors)
-        arms["window-only"] = (windowed, bare)
-    arms["splats-only"] = (config.with_window(0), tensors)
+    arms["hybrid"] = config, tensors
+    if splats.keeps:
+        arms["without-splats"] = _with(config, tensors, num_splats=0)
+        arms["without-kept"] = _with(config, tensors, kept=0)
+    if not _lacks_window(config):
+        arms["window-only"] = _with(config, tensors, num_splats=0, kept=0)
     values = [attention_tensor(layer, "v_proj.weight") for layer in config.splat_layers]
     arms["none"] = (exact, {**tensors, **{name: jnp.zeros_like(tensors[name]) for name in values}})
     return arms
+
+
+def left_out(config: GPTNeoConfig) -> tuple[str, ...]:
+    """Which arms a configuration does not have, and why."""
+    assert config.splats is not None, "arms are of a model with splats"
+    notes = [] if config.splats.keeps else [NOTHING_KEPT]
+    return tuple([*notes, NO_WINDOW] if _lacks_window(config) else notes)
+
+
+def _lacks_window(config: GPTNeoConfig) -> bool:
+    return any(layer.window == 0 for layer in config.layer_splats.values())
+
+
+def _with(config: GPTNeoConfig, tensors: Mapping[str, Any], **change: int) -> Arm:
+    """The model with other numbers of splats or kept keys, and with the parameters that it still has."""
+    assert config.splats is not None, "arms are of a model with splats"
+    config = dataclasses.replace(config, splats=dataclasses.replace(config.splats, **change))
+    return config, {name: tensors[name] for name in expected_shapes(config)}
 
 
 def _check_reference(reference: GPTNeoConfig, config: GPTNeoConfig) -> None:

@@ -72,16 +72,20 @@ def sum_by_document(documents: list[str], rows: TextRows, losses: Mapping[str, F
     )
 
 
-Key = tuple[str, ...] | tuple[str, str, int]
-"""`(measure, arm)`, `(measure, arm, bucket)`, or `("gap_closed",)`."""
+Key = tuple[str, str] | tuple[str, str, int]
+"""`(measure, arm)` or `(measure, arm, bucket)`; of `gap_closed`, the arm is the control that the gap begins at."""
+
+CONTROLS = ("window-only", "without-splats", "without-kept")
+"""Arms without a part of the hybrid: how much of what they lack does that part give?"""
 
 
 def estimates(sums: Sums) -> dict[Key, Estimate]:
     """All measures with their intervals; without those that are not defined, for want of tokens or of a gap."""
     documents = len(sums.size)
     values = {key: float(value) for key, value in _measures(sums, np.ones(documents)).items() if not np.isnan(value)}
-    if values.get(("gap",), 0) <= 0:
-        values.pop(("gap_closed",), None)
+    for arm in CONTROLS:
+        if values.pop(("gap", arm), 0.0) <= 0:
+            values.pop(("gap_closed", arm), None)
     if documents == 1:
         return {key: Estimate(value, None) for key, value in values.items()}
 
@@ -125,7 +129,8 @@ def _measures(sums: Sums, times: Shaped[np.ndarray, "*R D"]) -> Mapping[Key, np.
             for bucket in range(tokens.shape[-1]):
                 measures["cross_entropy", arm, bucket] = by_bucket[arm][..., bucket]
                 measures["perplexity_ratio", arm, bucket] = np.exp(by_bucket[arm] - by_bucket["exact"])[..., bucket]
-        if "window-only" in nats:
-            measures["gap",] = total["window-only"] - total["exact"]
-            measures["gap_closed",] = (total["window-only"] - total["hybrid"]) / measures["gap",]
+        for arm in CONTROLS:
+            if arm in nats:
+                measures["gap", arm] = total[arm] - total["exact"]
+                measures["gap_closed", arm] = (total[arm] - total["hybrid"]) / measures["gap", arm]
     return measures

@@ -23,11 +23,10 @@ import scipy.stats
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.config import GPTNeoConfig
+from gsa_jax.config import GPTNeoConfig, SplatConfig, Window
 from gsa_jax.errors import InputError
-from gsa_jax.evaluation.arms import NO_WINDOW, Arm, load_arms, rows_at_once
+from gsa_jax.evaluation.arms import Arm, left_out, load_arms, rows_at_once
 from gsa_jax.evaluation.intervals import Estimate
-from gsa_jax.ops import Window
 from gsa_jax.parameters import PositionExtension, build_model
 from gsa_jax.progress import Progress
 from gsa_jax.text import document_tokens, read_documents
@@ -96,7 +95,7 @@ class Passkey:
         context: the training length, in tokens.
         items: of each length.
         candidates: keys of an item.
-        window: tokens that the hybrid attends to exactly in its splat layers.
+        splats: what the hybrid has in its layers.
         layers: that have splats.
     """
 
@@ -107,8 +106,7 @@ class Passkey:
     context: int
     items: int
     candidates: int
-    window: int
-    num_splats: int
+    splats: SplatConfig
     layers: tuple[int, ...]
 
 
@@ -136,6 +134,7 @@ def evaluate_passkey(
     text: str | Path,
     *,
     window: Window | None = None,
+    kept: int | None = None,
     context: int | None = None,
     max_documents: int | None = None,
     items: int = 50,
@@ -171,11 +170,12 @@ def evaluate_passkey(
     arms, tokenizer, stored_positions = load_arms(
         folder,
         window=window,
+        kept=kept,
         max_positions=max_positions,
         position_extension=position_extension,
         reference=reference,
     )
-    config, _ = arms.get("hybrid", arms["splats-only"])
+    config, _ = arms["hybrid"]
     splats = config.splats
     assert splats is not None and splats.window != "all", "load_arms refuses the other ones"
     context = stored_positions if context is None else context
@@ -185,7 +185,7 @@ def evaluate_passkey(
     remedy = f"the model has {config.max_position_embeddings} positions; give it more: --max-positions"
     if not fitting:
         raise InputError(f"context = {context}: {remedy} {context}")
-    notes = [] if splats.window else [NO_WINDOW]
+    notes = [*left_out(config)]
     if too_long:
         notes.append(f"left out: {', '.join(too_long)}; {remedy} {max(lengths.values())}")
     documents = read_documents(text)[:max_documents]
@@ -204,8 +204,7 @@ def evaluate_passkey(
         context=context,
         items=items,
         candidates=CANDIDATES,
-        window=splats.window,
-        num_splats=splats.num_splats,
+        splats=splats,
         layers=config.splat_layers,
     )
 

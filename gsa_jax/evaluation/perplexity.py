@@ -17,11 +17,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from gsa_jax.attention import state_bytes
+from gsa_jax.config import SplatConfig, Window
 from gsa_jax.errors import InputError
-from gsa_jax.evaluation.arms import NO_WINDOW, Arm, load_arms, rows_at_once
+from gsa_jax.evaluation.arms import Arm, left_out, load_arms, rows_at_once
 from gsa_jax.evaluation.intervals import Estimate, bucket_firsts, estimates, sum_by_document
 from gsa_jax.loss import Head, blockwise_next_token_losses
-from gsa_jax.ops import Window
 from gsa_jax.parameters import PositionExtension, build_model
 from gsa_jax.progress import Progress
 from gsa_jax.sharding import whole_on_host
@@ -73,13 +74,16 @@ class Evaluation:
 
     Attributes:
         arms: in the order of `ARMS`.
-        gap_closed: share of the cross-entropy between window-only and exact that splats make up for; None if an arm it
-            needs is left out, or window-only is no worse than exact.
+        gap_closed: share of the cross-entropy between window-only and exact that the hybrid makes up for; None if an
+            arm it needs is left out, or window-only is no worse than exact.
+        closed_by_splats: the same between without-splats and exact: what splats do, given the kept keys.
+        closed_by_kept: the same between without-kept and exact: what kept keys do, given the splats.
         notes: which arms are left out, and why.
         tokens: predicted ones; each token of the text is, once.
         bytes: of the text in UTF-8.
-        window: tokens that the hybrid attends to exactly in its splat layers.
+        splats: what the hybrid has in its layers.
         layers: that have splats.
+        state_bytes: of what those layers remember of one text, in float32, however long it is.
     """
 
     checkpoint: str
@@ -87,14 +91,16 @@ class Evaluation:
     arms: tuple[ArmScore, ...]
     buckets: tuple[Bucket, ...]
     gap_closed: Estimate | None
+    closed_by_splats: Estimate | None
+    closed_by_kept: Estimate | None
     notes: tuple[str, ...]
     documents: int
     tokens: int
     bytes: int
     context: int
-    window: int
-    num_splats: int
+    splats: SplatConfig
     layers: tuple[int, ...]
+    state_bytes: int
 
 
 def evaluate(
@@ -102,6 +108,7 @@ def evaluate(
     text: str | Path,
     *,
     window: Window | None = None,
+    kept: int | None = None,
     context: int | None = None,
     max_documents: int | None = None,
     batch_size: int = 8,
@@ -130,12 +137,13 @@ def evaluate(
     arms, tokenizer, _ = load_arms(
         folder,
         window=window,
+        kept=kept,
         max_positions=max_positions,
         position_extension=position_extension,
         reference=reference,
     )
     documents = read_documents(text)[:max_documents]
-    rows = text_rows(documents, tokenizer, arms["splats-only"][0], context)
+    rows = text_rows(documents, tokenizer, arms["hybrid"][0], context)
     return score_arms(
         arms, documents, rows, checkpoint=str(folder), text=str(text), batch_size=batch_size, progress=progress
     )
@@ -168,7 +176,7 @@ def score_arms(
     Raises:
         InputError: a model's losses are not finite.
     """
-    config, _ = arms.get("hybrid", arms["splats-only"])
+    config, _ = arms["hybrid"]
     splats = config.splats
     assert splats is not None and splats.window != "all", "make_arms refuses the other ones"
     sums = sum_by_document(documents, rows, _losses(arms, rows, batch_size, progress))
@@ -201,15 +209,17 @@ def score_arms(
             )
             if tokens
         ),
-        gap_closed=found.get(("gap_closed",)),
-        notes=() if splats.window else (NO_WINDOW,),
+        gap_closed=found.get(("gap_closed", "window-only")),
+        closed_by_splats=found.get(("gap_closed", "without-splats")),
+        closed_by_kept=found.get(("gap_closed", "without-kept")),
+        notes=left_out(config),
         documents=len(documents),
         tokens=int(sums.tokens.sum()),
         bytes=int(sums.size.sum()),
         context=length,
-        window=splats.window,
-        num_splats=splats.num_splats,
+        splats=splats,
         layers=config.splat_layers,
+        state_bytes=state_bytes(config),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.attention import GSASelfAttention
-from gsa_jax.checkpoint import load_tensors
+from gsa_jax.checkpoint import load_tensors, load_tokenizer
+from gsa_jax.config import LayerSplats, SplatConfig, Window
 from gsa_jax.errors import InputError
 from gsa_jax.fitting.statistics import (
     calibration_tokens,
     dead_splats,
     effective_splats,
     exact_statistics,
-    queries_and_keys,
+    far_keys,
+    projections,
     sample_rows,
     splat_statistics,
     take_rows,
 )
 from gsa_jax.loss import mean_next_token_loss
 from gsa_jax.model import GPTNeoForCausalLM
-from gsa_jax.ops import Window
+from gsa_jax.ops import Splats
+from gsa_jax.ops.kept import importance
+from gsa_jax.ops.reference import most_important
 from gsa_jax.parameters import build_model, named_parameters, without_splats
 
 _SEED = 0
+
+_WORDS = 20
+"""That are reported of each head."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptWord:
+    """A word that a head keeps.
+
+    Attributes:
+        times: occurrences that are kept.
+        tokens: for how many tokens, on average, an occurrence is kept.
+    """
+
+    word: str
+    times: int
+    tokens: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +70,13 @@ class HeadDiagnostics:
         sigma: geometric mean of its splats' scales.
         exact_entropy: of exact attention, divided by its maximum: 1 is equal weights, 0 is a single key.
         entropy: the same of attention with the window and the splats.
-        exact_far_mass: weight that exact attention gives to keys `window` or more slots before the query.
+        exact_far_mass: weight that exact attention gives to far keys: those beyond the window that are not kept.
         far_mass: weight that they get through the splats.
         usage: how many splats that weight goes through, as a perplexity between 1 and S; 0 if there is no weight.
         dead_splats: how many carry less than a hundredth of an equal share of it.
         centers_gradient: norm of the gradient of the language-modelling loss in the centres.
         log_scales_gradient: the same in the logarithms of the scales.
+        kept_words: those that are kept the longest, summed over all their occurrences.
     """
 
     layer: int
@@ -68,6 +91,7 @@ class HeadDiagnostics:
     num_splats: int
     centers_gradient: float
     log_scales_gradient: float
+    kept_words: tuple[KeptWord, ...]
 
     @property
     def is_dead(self) -> bool:
@@ -78,9 +102,15 @@ class HeadDiagnostics:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnostics:
-    """What `diagnose` found: at which window, on how many tokens, with which loss in nats per token, head by head."""
+    """What `diagnose` found.
 
-    window: int
+    Attributes:
+        splats: what the layers have.
+        tokens: of the text.
+        loss: nats per token.
+    """
+
+    splats: SplatConfig
     tokens: int
     loss: float
     heads: tuple[HeadDiagnostics, ...]
@@ -91,11 +121,19 @@ class Diagnostics:
         return dataclasses.asdict(self) | {"heads": heads}
 
 
-def diagnose(folder: str | Path, text: str | Path, *, window: Window | None = None, tokens: int = 4096) -> Diagnostics:
+def diagnose(
+    folder: str | Path,
+    text: str | Path,
+    *,
+    window: Window | None = None,
+    kept: int | None = None,
+    tokens: int = 4096,
+) -> Diagnostics:
     """Diagnoses the splats of a checkpoint on the beginning of a text.
 
     Args:
         window: tokens seen exactly; as the checkpoint says if None.
+        kept: keys beyond the window that each head sees exactly; as the checkpoint says if None.
         tokens: of the text to use, rounded up to whole rows.
 
     Raises:
@@ -103,38 +141,49 @@ def diagnose(folder: str | Path, text: str | Path, *, window: Window | None = No
             window is `"all"`, or no two tokens of a row are `window` apart.
     """
     config, tensors = load_tensors(folder)
-    if window is not None:
-        config = config.with_window(window)
+    config = config.with_window(window, kept)
     input_ids, mask = calibration_tokens(Path(folder), Path(text), config, tokens)
-    return diagnose_model(build_model(config, tensors), input_ids, mask)
+    pieces = load_tokenizer(folder).convert_ids_to_tokens
+    words = [words_of(pieces(row[valid].tolist())) for row, valid in zip(input_ids, mask, strict=True)]
+    return diagnose_model(build_model(config, tensors), input_ids, mask, words)
 
 
 def diagnose_model(
-    model: GPTNeoForCausalLM, input_ids: Int[np.ndarray, "N T"], attention_mask: Bool[np.ndarray, "N T"]
+    model: GPTNeoForCausalLM,
+    input_ids: Int[np.ndarray, "N T"],
+    attention_mask: Bool[np.ndarray, "N T"],
+    words: Sequence[Sequence[str]],
 ) -> Diagnostics:
-    """The same for a model at its configured window; ids are right-padded.
+    """The same for a model as it is configured; ids are right-padded.
+
+    Args:
+        words: the word that each token of a row belongs to.
 
     Raises:
         InputError: nothing goes through splats.
     """
     config = model.config
-    if config.splats is None or config.splats.num_splats == 0:
+    if config.splats is None or not config.splats.has_splats:
         raise InputError("the model has no splats to diagnose; attach and fit some first: gsa fit-init")
-    window = config.splats.window
-    if window == "all":
+    if config.splats.window == "all":
         raise InputError("window = 'all' leaves the splats unused; give a number of tokens, such as --window 64")
-    if attention_mask.sum(axis=1).max() <= window:
-        raise InputError(f"no token of the text has another {window} before it; give longer text or a smaller window")
+    far = max(own.window + own.kept for own in config.layer_splats.values() if own.window != "all")
+    if attention_mask.sum(axis=1).max() <= far:
+        raise InputError(f"no token of the text has another {far} before it; give longer text or a smaller window")
     loss, gradients = _loss_and_gradients(*nnx.split(model, _is_splat, ...), input_ids, attention_mask)
     sample = sample_rows(attention_mask, _SEED)
     heads: list[HeadDiagnostics] = []
     exact = build_model(*without_splats(config, named_parameters(model)))
-    for layer, query, key in queries_and_keys(exact, input_ids, attention_mask, config.splat_layers):
+    for layer, projected in projections(exact, input_ids, attention_mask, config.splat_layers):
+        own = config.layer_splats[layer]
+        if not own.num_splats:
+            continue
         attention = model.transformer.h[layer].attn.attention
         assert isinstance(attention, GSASelfAttention), "splat layers have splats"
-        splats, rows = attention.splats, take_rows(sample, query, key, attention_mask)
-        exactly = exact_statistics(rows, window=window, seen=exact.config.windows[layer])
-        through = splat_statistics(rows, splats, window=window)
+        splats, rows = attention.splats, take_rows(sample, projected, attention_mask)
+        far = far_keys(rows, splats.importance, own.window, own.kept)
+        exactly = exact_statistics(rows, far, seen=exact.config.windows[layer])
+        through = splat_statistics(rows, splats, far)
         usage = np.asarray(through.usage)
         of_layer = gradients["transformer"]["h"][layer]["attn"]["attention"]
         columns = (
@@ -145,13 +194,58 @@ def diagnose_model(
             through.far_mass,
             effective_splats(usage),
             dead_splats(usage),
-            np.full(config.num_heads, config.splats.num_splats),
+            np.full(config.num_heads, own.num_splats),
             jnp.linalg.norm(of_layer["splat_centers"][...], axis=(1, 2)),
             jnp.linalg.norm(of_layer["splat_log_scales"][...], axis=1),
         )
+        durations = [
+            np.asarray(_tokens_kept(splats, projected.key[n], projected.value[n], attention_mask[n], own))
+            for n in range(len(input_ids))
+        ]
         for head, values in enumerate(zip(*(np.asarray(column).tolist() for column in columns), strict=True)):
-            heads.append(HeadDiagnostics(layer, head, *values))
-    return Diagnostics(window, int(attention_mask.sum()), float(loss), tuple(heads))
+            kept = most_kept(words, [of_row[head] for of_row in durations])
+            heads.append(HeadDiagnostics(layer, head, *values, kept_words=kept))
+    return Diagnostics(config.splats, int(attention_mask.sum()), float(loss), tuple(heads))
+
+
+@functools.partial(jax.jit, static_argnames="own")
+def _tokens_kept(
+    splats: Splats, key: Float[Array, "T H D"], value: Float[Array, "T H D"], valid: Bool[Array, "T"], own: LayerSplats
+) -> Int[Array, "H T"]:
+    """For how many tokens each key of a row is kept."""
+    slots = jnp.arange(len(valid))
+    far = (slots[:, None] - slots >= own.window) & valid & valid[:, None]
+    important = jax.vmap(importance, (0, 1, 1))(splats, key, value)
+    return jax.vmap(lambda x: jnp.sum(most_important(x, far, own.kept), axis=0))(important)
+
+
+def words_of(pieces: Sequence[str]) -> list[str]:
+    """The word that each piece of a text belongs to; pieces are of a byte-level tokenizer, and begin words by a space.
+
+    Marks are words of their own.
+    """
+    words: list[list[str]] = []
+    for piece in pieces:
+        continues = words and piece[:1].isalpha() and piece[:1] != "\u0120" and words[-1][-1][-1:].isalpha()
+        words.append([*words.pop(), piece] if continues else [piece])
+    return [
+        word for parts in words for word in ["".join(parts).replace("\u0120", "").replace("\u010a", "\\n")] * len(parts)
+    ]
+
+
+def most_kept(words: Sequence[Sequence[str]], durations: Sequence[Int[np.ndarray, "T"]]) -> tuple[KeptWord, ...]:
+    """The words that a head keeps for the most tokens.
+
+    Args:
+        durations: for how many tokens each token is kept; of a row at least as long as its words.
+    """
+    found: dict[str, list[int]] = {}
+    for of_row, kept in zip(words, durations, strict=True):
+        for word, tokens in zip(of_row, kept.tolist(), strict=False):
+            if tokens:
+                found.setdefault(word, []).append(tokens)
+    most = sorted(found, key=lambda word: -sum(found[word]))[:_WORDS]
+    return tuple(KeptWord(word, len(found[word]), float(np.mean(found[word]))) for word in most)
 
 
 def _is_splat(path: tuple[Any, ...], _: Any) -> bool:

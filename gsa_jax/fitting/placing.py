@@ -7,6 +7,7 @@ Measuring is `statistics`; training from here on is `gsa_jax.train`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,9 +17,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.checkpoint import REPORT_FILE, load_tensors, save, tokenizer_files
-from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig, SplatConfig
+from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig, LayerSplats, SplatConfig, Window
 from gsa_jax.errors import InputError
 from gsa_jax.files import refuse_existing
+from gsa_jax.fitting.importance import HeadImportance, fit_importance
 from gsa_jax.fitting.kmeans import kmeans
 from gsa_jax.fitting.statistics import (
     AttentionRows,
@@ -27,14 +29,15 @@ from gsa_jax.fitting.statistics import (
     dead_splats,
     effective_splats,
     exact_statistics,
-    queries_and_keys,
+    far_keys,
+    projections,
     sample_rows,
     splat_statistics,
     take_rows,
 )
 from gsa_jax.model import GPTNeoForCausalLM
-from gsa_jax.ops import Splats, Window
-from gsa_jax.parameters import attention_tensor, build_model, without_splats
+from gsa_jax.ops import Splats, no_splats
+from gsa_jax.parameters import attention_tensor, build_model, expected_shapes, is_splat, without_splats
 from gsa_jax.progress import Progress
 
 FIT_REPORT_FILE = "fit_init.json"
@@ -52,6 +55,9 @@ _SCALE_RANGE = (0.02, 50.0)
 _GAIN_RANGE = (-500.0, 500.0)
 
 _BISECTIONS = 24
+
+_ROWS_TO_LEARN = 128
+"""Of each sequence, to learn from what makes a key important."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +91,18 @@ class HeadFit:
 
 @dataclasses.dataclass(frozen=True)
 class FitReport:
-    """What was fitted to what: the text file's name, how many of its tokens, the seed, and each head."""
+    """What was fitted to what: the text file's name, how many of its tokens, the seed, and each head.
+
+    Attributes:
+        importances: how each head came to the keys that it keeps, where that is learned.
+    """
 
     text: str
     tokens: int
     seed: int
     splats: SplatConfig
     heads: tuple[HeadFit, ...]
+    importances: tuple[HeadImportance, ...] = ()
 
 
 def fit_init(
@@ -116,7 +127,8 @@ def fit_init(
     sigma^2 = 1/2, this is the exp(q . k) of exact attention.
 
     All splats of a head share one sigma, at which attention through them alone has the mean entropy of exact attention.
-    A `far_gain` gives far keys the mass that they have in exact attention. Log-amplitudes start at 0.
+    A `far_gain` gives far keys that are not kept the mass that they have in exact attention. Log-amplitudes start at 0.
+    What makes a key important is its norm, or what `gsa_jax.fitting.importance` learns if that is configured.
 
     Args:
         folder: a checkpoint, with splats, which are replaced, or without.
@@ -135,21 +147,24 @@ def fit_init(
     stored, tensors = load_tensors(folder)
     config = dataclasses.replace(stored, splats=splats or default_splats(stored))
     assert config.splats is not None
-    if config.splats.num_splats == 0:
+    if not config.splats.has_splats:
         raise InputError("num_splats = 0 leaves nothing to fit; give at least one splat per head")
     input_ids, mask = calibration_tokens(folder, text, config, tokens)
     plain, kept = without_splats(config, tensors)
     fitted: dict[str, np.ndarray] = {}
     heads: list[HeadFit] = []
+    importances: list[HeadImportance] = []
     layers = fit_layers(build_model(plain, kept), config, input_ids, mask, seed)
     for _ in progress([f"layer {layer}" for layer in config.splat_layers]):
-        layer, layer_splats, layer_heads = next(layers)
+        layer, layer_splats, layer_heads, layer_importances = next(layers)
         for term in dataclasses.fields(layer_splats):
             array = getattr(layer_splats, term.name)
             if array is not None:
                 fitted[attention_tensor(layer, f"splat_{term.name}")] = np.asarray(array)
         heads.extend(layer_heads)
-    report = FitReport(text.name, int(mask.sum()), seed, config.splats, tuple(heads))
+        importances.extend(layer_importances)
+    fitted = {name: fitted[name] for name in expected_shapes(config) if is_splat(name)}
+    report = FitReport(text.name, int(mask.sum()), seed, config.splats, tuple(heads), tuple(importances))
     conversion = [folder / REPORT_FILE] if (folder / REPORT_FILE).is_file() else []
     reports = {FIT_REPORT_FILE: dataclasses.asdict(report)}
     save(out, config, kept | fitted, copied=[*tokenizer_files(folder), *conversion], reports=reports)
@@ -167,8 +182,8 @@ def fit_layers(
     input_ids: Int[np.ndarray, "N T"],
     attention_mask: Bool[np.ndarray, "N T"],
     seed: int,
-) -> Iterator[tuple[int, Splats, list[HeadFit]]]:
-    """Splats, float32, and the report of one layer after another.
+) -> Iterator[tuple[int, Splats, list[HeadFit], list[HeadImportance]]]:
+    """Splats, float32, and the reports of one layer after another; layers of no splats have no centres.
 
     Args:
         model: with exact attention.
@@ -179,55 +194,78 @@ def fit_layers(
     """
     assert config.splats is not None
     sample = sample_rows(attention_mask, seed)
-    for layer, query, key in queries_and_keys(model, input_ids, attention_mask, config.splat_layers):
-        if not (np.isfinite(query[attention_mask]).all() and np.isfinite(key[attention_mask]).all()):
-            raise InputError(f"layer {layer}: queries or keys are not finite; the checkpoint's weights are damaged")
-        seen = model.config.windows[layer]
-        draws, starts = jax.random.split(jax.random.fold_in(jax.random.key(seed), layer))
-        midpoints = attended_midpoints(draws, query, key, attention_mask, seen=seen)[attention_mask]
-        centers, inertia = kmeans(starts, midpoints.swapaxes(0, 1), config.splats.num_splats)
-        rows = take_rows(sample, query, key, attention_mask)
-        splats, heads = _fit_layer(layer, rows, centers, np.asarray(inertia), seen, config.splats)
-        yield layer, splats, heads
+    for layer, projected in projections(model, input_ids, attention_mask, config.splat_layers):
+        if not all(np.isfinite(x[attention_mask]).all() for x in projected):
+            raise InputError(
+                f"layer {layer}: queries, keys or values are not finite; the checkpoint's weights are damaged"
+            )
+        seen, own = model.config.windows[layer], config.layer_splats[layer]
+        rows = take_rows(sample, projected, attention_mask)
+        splats, heads = no_splats(config.num_heads, config.head_dim), []
+        if own.num_splats:
+            draws, starts = jax.random.split(jax.random.fold_in(jax.random.key(seed), layer))
+            midpoints = attended_midpoints(draws, *projected[:2], attention_mask, seen=seen)[attention_mask]
+            clusters = kmeans(starts, midpoints.swapaxes(0, 1), own.num_splats)
+            fit = functools.partial(_fit_layer, layer, rows, *clusters, seen, own, config.splats)
+            splats, heads = fit(None)
+        importances: list[HeadImportance] = []
+        if config.splats.importance == "learned":
+            weights = None
+            if own.kept and own.window != "all":
+                many = take_rows(sample_rows(attention_mask, seed + 1, _ROWS_TO_LEARN), projected, attention_mask)
+                weights, importances = fit_importance(layer, many, splats, window=own.window, kept=own.kept, seen=seen)
+                if own.num_splats:
+                    splats, heads = fit(weights)
+            norm = jnp.zeros((config.num_heads, 2 * config.head_dim + 1)).at[:, -1].set(1)
+            splats = dataclasses.replace(splats, importance=norm if weights is None else weights)
+        yield layer, splats, heads, importances
 
 
 def _fit_layer(
     layer: int,
     rows: AttentionRows,
     centers: Float[Array, "H S D"],
-    inertia: Float[np.ndarray, "H"],
+    inertia: Float[Array, "H"],
     seen: Window,
-    config: SplatConfig,
+    own: LayerSplats,
+    terms: SplatConfig,
+    weights: Float[Array, "H 2*D+1"] | None,
 ) -> tuple[Splats, list[HeadFit]]:
-    """Scales and optional terms for centres."""
+    """Scales and optional terms for centres.
+
+    Args:
+        seen: what exact attention sees.
+        weights: of the importance of keys; the norm if None.
+    """
+    everything = far_keys(rows, None, 0, 0)
+    far = everything if own.window == "all" else far_keys(rows, weights, own.window, own.kept)
 
     def at_scale(log_scale: np.ndarray) -> Splats:
         log_scales = jnp.broadcast_to(jnp.asarray(log_scale, jnp.float32)[:, None], centers.shape[:2])
         return Splats(
             centers,
             log_scales,
-            log_amplitudes=jnp.zeros_like(log_scales) if config.log_amplitudes else None,
-            norm_gain=jnp.exp(-2 * log_scales[:, 0]) / 4 if config.norm_gain else None,
+            log_amplitudes=jnp.zeros_like(log_scales) if terms.log_amplitudes else None,
+            norm_gain=jnp.exp(-2 * log_scales[:, 0]) / 4 if terms.norm_gain else None,
         )
 
     def entropy(log_scale: np.ndarray) -> np.ndarray:
-        return np.asarray(splat_statistics(rows, at_scale(log_scale), window=0).entropy)
+        return np.asarray(splat_statistics(rows, at_scale(log_scale), everything).entropy)
 
-    window = 0 if config.window == "all" else config.window
-    teacher = jax.tree.map(np.asarray, exact_statistics(rows, window=window, seen=seen))
+    teacher = jax.tree.map(np.asarray, exact_statistics(rows, far, seen=seen))
     target = np.clip(teacher.entropy, *ENTROPY_BAND)
     norm = jnp.sqrt(jnp.mean(jnp.sum(rows.query**2, axis=-1), axis=(0, 1)))
     log_scale = _bisect(entropy, target, *(np.log(bound * np.asarray(norm)) for bound in _SCALE_RANGE))
     splats, reached = at_scale(log_scale), entropy(log_scale)
-    if config.far_gain:
-        splats = dataclasses.replace(splats, far_gain=_far_gain(rows, splats, teacher.far_mass, window))
-    usage = np.asarray(splat_statistics(rows, splats, window=window).usage)
+    if terms.far_gain:
+        splats = dataclasses.replace(splats, far_gain=_far_gain(rows, splats, teacher.far_mass, far))
+    usage = np.asarray(splat_statistics(rows, splats, far).usage)
     columns = (
         np.exp(log_scale),
         teacher.entropy,
         target,
         reached,
-        inertia,
+        np.asarray(inertia),
         effective_splats(usage),
         dead_splats(usage),
         np.full(len(centers), None) if splats.far_gain is None else np.asarray(splats.far_gain),
@@ -237,15 +275,15 @@ def _fit_layer(
 
 
 def _far_gain(
-    rows: AttentionRows, splats: Splats, teacher_mass: Float[np.ndarray, "H"], window: int
+    rows: AttentionRows, splats: Splats, teacher_mass: Float[np.ndarray, "H"], far: Bool[Array, "N H R T"]
 ) -> Float[Array, "H"]:
-    """The gain that gives far keys the mass they have in exact attention; 0 where nothing is near, or nothing far."""
-    if window == 0:
+    """The gain that gives far keys the mass they have in exact attention; 0 where all keys are far, or none is."""
+    if bool(jnp.all(far == far_keys(rows, None, 0, 0))):
         return jnp.zeros(teacher_mass.shape)
 
     def mass(gain: np.ndarray) -> np.ndarray:
         gained = dataclasses.replace(splats, far_gain=jnp.asarray(gain, jnp.float32))
-        return np.asarray(splat_statistics(rows, gained, window=window).far_mass)
+        return np.asarray(splat_statistics(rows, gained, far).far_mass)
 
     low, high = (np.full(teacher_mass.shape, bound) for bound in _GAIN_RANGE)
     most = mass(high)  # not 1: many rows have no far key

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.checkpoint import load_tokenizer
-from gsa_jax.config import GPTNeoConfig
+from gsa_jax.config import GPTNeoConfig, Window
 from gsa_jax.errors import InputError
 from gsa_jax.model import GPTNeoForCausalLM
-from gsa_jax.ops import Splats, Window
+from gsa_jax.ops import Splats, no_splats
+from gsa_jax.ops.kept import importance
+from gsa_jax.ops.reference import most_important
 from gsa_jax.ops.segments import positions_from_mask
 from gsa_jax.ops.state import key_features, query_features
 from gsa_jax.text import read_documents, text_rows
@@ -56,29 +58,36 @@ def calibration_tokens(
     return input_ids[:count, :longest], mask[:count, :longest]
 
 
-def queries_and_keys(
+class Projections(NamedTuple):
+    """Queries, keys and values of a layer, float32."""
+
+    query: Float[Array, "N T H D"]
+    key: Float[Array, "N T H D"]
+    value: Float[Array, "N T H D"]
+
+
+def projections(
     model: GPTNeoForCausalLM,
     input_ids: Int[np.ndarray, "N T"],
     attention_mask: Bool[np.ndarray, "N T"],
     layers: tuple[int, ...],
-) -> Iterator[tuple[int, Float[Array, "N T H D"], Float[Array, "N T H D"]]]:
-    """Layer by layer, the queries and keys of a text, float32; memory holds one layer's at a time."""
+) -> Iterator[tuple[int, Projections]]:
+    """Layer by layer, the queries, keys and values of a text; memory holds one layer's at a time."""
     transformer, mask = model.transformer, jnp.asarray(attention_mask)
     hidden_states = transformer.embed(jnp.asarray(input_ids), positions_from_mask(mask))
     for number, block in enumerate(transformer.h):
         split = nnx.split(block)
         if number in layers:
-            yield number, *_project(*split, hidden_states)
+            yield number, _project(*split, hidden_states)
         if number == max(layers):
             return
         hidden_states = _advance(*split, hidden_states, mask)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _project(graphdef: nnx.GraphDef, state: nnx.State, hidden_states: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _project(graphdef: nnx.GraphDef, state: nnx.State, hidden_states: jax.Array) -> Projections:
     block = nnx.merge(graphdef, state)
-    query, key, _ = block.attn.attention.project(block.ln_1(hidden_states))
-    return query.astype(jnp.float32), key.astype(jnp.float32)
+    return Projections(*(x.astype(jnp.float32) for x in block.attn.attention.project(block.ln_1(hidden_states))))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -100,7 +109,7 @@ def attended_midpoints(
 
     def sequence(of_sequence: tuple[jax.Array, ...]) -> jax.Array:
         draws, query, key, valid = of_sequence
-        rows = AttentionRows(query, key, jnp.arange(len(query)), valid)
+        rows = AttentionRows(query, key, key, jnp.arange(len(query)), valid)
         distance, causal = _distances(rows)
         visible = causal if seen == "all" else causal & (distance < seen)
         drawn = jax.random.categorical(draws, jnp.where(visible, _near_scores(rows), -jnp.inf)).T
@@ -117,7 +126,9 @@ class RowSample:
     rows: Int[np.ndarray, "N R"]
 
 
-def sample_rows(attention_mask: Bool[np.ndarray, "N T"], seed: int) -> RowSample:
+def sample_rows(
+    attention_mask: Bool[np.ndarray, "N T"], seed: int, per_sequence: int = _ROWS_PER_SEQUENCE
+) -> RowSample:
     """Draws tokens that have a token before them, from long sequences more often than from short ones.
 
     Raises:
@@ -130,15 +141,17 @@ def sample_rows(attention_mask: Bool[np.ndarray, "N T"], seed: int) -> RowSample
         raise InputError("no document holds two tokens; give longer text")
     count = min(_SEQUENCES, np.count_nonzero(sizes))
     sequences = np.sort(draws.choice(len(sizes), count, replace=False, p=sizes / sizes.sum()))
-    rows = [np.sort(draws.choice(followers[sequence], _ROWS_PER_SEQUENCE)) for sequence in sequences]
+    rows = [np.sort(draws.choice(followers[sequence], per_sequence)) for sequence in sequences]
     return RowSample(sequences, np.stack(rows))
 
 
 @no_type_check  # a pytree also holds shapes
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["query", "key", "row", "valid"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["query", "key", "value", "row", "valid"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class AttentionRows:
-    """Sampled rows of one layer's attention: R queries of each of N sequences, and all keys of these sequences.
+    """Sampled rows of one layer's attention: R queries of each of N sequences, and all keys and values of these.
 
     Attributes:
         row: slots of the queries.
@@ -147,21 +160,18 @@ class AttentionRows:
 
     query: Float[Array, "N R H D"]
     key: Float[Array, "N T H D"]
+    value: Float[Array, "N T H D"]
     row: Int[Array, "N R"]
     valid: Bool[Array, "N T"]
 
 
-def take_rows(
-    sample: RowSample,
-    query: Float[Array, "B T H D"],
-    key: Float[Array, "B T H D"],
-    attention_mask: Bool[np.ndarray, "B T"],
-) -> AttentionRows:
-    """The sampled rows of these queries and keys."""
+def take_rows(sample: RowSample, projected: Projections, attention_mask: Bool[np.ndarray, "B T"]) -> AttentionRows:
+    """The sampled rows of these queries, keys and values."""
     sequences = sample.sequences
     return AttentionRows(
-        query=query[sequences[:, None], sample.rows],
-        key=key[sequences],
+        query=projected.query[sequences[:, None], sample.rows],
+        key=projected.key[sequences],
+        value=projected.value[sequences],
         row=jnp.asarray(sample.rows),
         valid=jnp.asarray(attention_mask[sequences]),
     )
@@ -175,7 +185,7 @@ class RowStatistics:
 
     Attributes:
         entropy: mean of a row's entropy divided by its maximum, the logarithm of how many keys it sees.
-        far_mass: mean weight that a row gives to keys `window` or more slots before it.
+        far_mass: mean weight that a row gives to far keys, `far_keys`.
         usage: share of each splat in all of the weight that goes through splats; sums to 1. None for exact attention.
     """
 
@@ -184,41 +194,80 @@ class RowStatistics:
     usage: Float[Array, "H S"] | None
 
 
-@functools.partial(jax.jit, static_argnames=("window", "seen"))
-def exact_statistics(rows: AttentionRows, *, window: int, seen: Window) -> RowStatistics:
-    """Of exact attention that sees the last `seen` tokens; `window` says from where a key is far."""
+@jax.jit
+def far_keys(
+    rows: AttentionRows,
+    weights: Float[Array, "H 2*D+1"] | None,
+    window: int | Int[Array, ""],
+    kept: int | Int[Array, ""],
+) -> Bool[Array, "N H R T"]:
+    """Which keys a row sees through splats: those beyond the window that are not kept.
 
-    def sequence(rows: AttentionRows) -> tuple[jax.Array, jax.Array]:
+    Args:
+        weights: what makes keys important, as `Splats.importance`.
+    """
+
+    def sequence(rows: AttentionRows) -> jax.Array:
+        distance, causal = _distances(rows)
+        beyond = causal & (distance >= window)
+
+        def head(key: jax.Array, value: jax.Array, weights: jax.Array | None) -> jax.Array:
+            splats = dataclasses.replace(no_splats(1, key.shape[-1]), importance=weights)
+            return beyond & ~most_important(importance(splats, key, value), beyond, kept)
+
+        return jax.vmap(head, (1, 1, None if weights is None else 0))(rows.key, rows.value, weights)
+
+    return jax.lax.map(sequence, rows)
+
+
+@functools.partial(jax.jit, static_argnames="seen")
+def exact_log_weights(rows: AttentionRows, *, seen: Window) -> Float[Array, "N H R T"]:
+    """Logarithms of the weights of exact attention that sees the last `seen` tokens."""
+
+    def sequence(rows: AttentionRows) -> jax.Array:
         distance, causal = _distances(rows)
         visible = causal if seen == "all" else causal & (distance < seen)
-        log_weights = jax.nn.log_softmax(jnp.where(visible, _near_scores(rows), -jnp.inf), axis=-1)
-        return _normalised_entropy(log_weights, causal), _mass(log_weights, distance >= window)
+        return jax.nn.log_softmax(jnp.where(visible, _near_scores(rows), -jnp.inf), axis=-1)
 
-    entropy, far_mass = jax.lax.map(sequence, rows)
-    return RowStatistics(jnp.mean(entropy, axis=(0, 2)), jnp.mean(far_mass, axis=(0, 2)), None)
+    return jax.lax.map(sequence, rows)
 
 
-@functools.partial(jax.jit, static_argnames="window")
-def splat_statistics(rows: AttentionRows, splats: Splats, *, window: int) -> RowStatistics:
-    """Of attention that is exact inside the window and goes through splats beyond it."""
+@jax.jit
+def splat_log_weights(
+    rows: AttentionRows, splats: Splats, far: Bool[Array, "N H R T"]
+) -> tuple[Float[Array, "N H R T"], Float[Array, "H S"]]:
+    """Logarithms of the weights of attention to far keys through splats, and to all others exactly; and the sum of the
+    weights that go through each splat."""
 
-    def sequence(rows: AttentionRows) -> tuple[jax.Array, jax.Array, jax.Array]:
-        distance, causal = _distances(rows)
+    def sequence(of_sequence: tuple[AttentionRows, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        rows, far = of_sequence
+        _, causal = _distances(rows)
         query = jax.vmap(query_features, (0, 1))(splats, rows.query)
         key = jax.vmap(key_features, (0, 1, None))(splats, rows.key, rows.valid)
         joint = query[:, :, None, :] + key[:, None, :, :]  # [H, R, T, S]
-        scores = jnp.where(distance < window, _near_scores(rows), jax.nn.logsumexp(joint, axis=-1))
+        scores = jnp.where(far, jax.nn.logsumexp(joint, axis=-1), _near_scores(rows))
         scores = jnp.where(causal, scores, -jnp.inf)
         normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-        far = causal & (distance >= window)
-        through = jnp.where(far[:, :, None], jnp.exp(joint - normaliser[..., None]), 0)
-        log_weights = scores - normaliser
-        return _normalised_entropy(log_weights, causal), _mass(log_weights, far), jnp.sum(through, axis=(1, 2))
+        through = jnp.where(far[..., None], jnp.exp(joint - normaliser[..., None]), 0)
+        return scores - normaliser, jnp.sum(through, axis=(1, 2))
 
-    entropy, far_mass, usage = jax.lax.map(sequence, rows)
-    usage = jnp.sum(usage, axis=0)
+    log_weights, through = jax.lax.map(sequence, (rows, far))
+    return log_weights, jnp.sum(through, axis=0)
+
+
+@functools.partial(jax.jit, static_argnames="seen")
+def exact_statistics(rows: AttentionRows, far: Bool[Array, "N H R T"], *, seen: Window) -> RowStatistics:
+    """Of exact attention that sees the last `seen` tokens; `far` says whose mass is counted."""
+    log_weights = exact_log_weights(rows, seen=seen)
+    return RowStatistics(_normalised_entropy(log_weights, rows), _mass(log_weights, far), None)
+
+
+@jax.jit
+def splat_statistics(rows: AttentionRows, splats: Splats, far: Bool[Array, "N H R T"]) -> RowStatistics:
+    """Of attention to far keys through splats, and to all others exactly."""
+    log_weights, usage = splat_log_weights(rows, splats, far)
     usage /= jnp.maximum(jnp.sum(usage, axis=-1, keepdims=True), jnp.finfo(usage.dtype).tiny)
-    return RowStatistics(jnp.mean(entropy, axis=(0, 2)), jnp.mean(far_mass, axis=(0, 2)), usage)
+    return RowStatistics(_normalised_entropy(log_weights, rows), _mass(log_weights, far), usage)
 
 
 def _distances(rows: AttentionRows) -> tuple[jax.Array, jax.Array]:
@@ -231,14 +280,15 @@ def _near_scores(rows: AttentionRows) -> jax.Array:
     return jnp.einsum("rhd,thd->hrt", rows.query, rows.key, precision=jax.lax.Precision.HIGHEST)
 
 
-def _normalised_entropy(log_weights: jax.Array, causal: jax.Array) -> jax.Array:
+def _normalised_entropy(log_weights: Float[Array, "N H R T"], rows: AttentionRows) -> Float[Array, "H"]:
     weights = jnp.exp(log_weights)
     entropy = -jnp.sum(jnp.where(weights > 0, weights * log_weights, 0), axis=-1)
-    return entropy / jnp.log(jnp.sum(causal, axis=-1))
+    seen = jax.vmap(lambda rows: jnp.sum(_distances(rows)[1], axis=-1))(rows)
+    return jnp.mean(entropy / jnp.log(seen)[:, None], axis=(0, 2))
 
 
-def _mass(log_weights: jax.Array, keys: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(keys, jnp.exp(log_weights), 0), axis=-1)
+def _mass(log_weights: Float[Array, "N H R T"], keys: Bool[Array, "N H R T"]) -> Float[Array, "H"]:
+    return jnp.mean(jnp.sum(jnp.where(keys, jnp.exp(log_weights), 0), axis=-1), axis=(0, 2))
 
 
 def effective_splats(usage: Float[np.ndarray, "H S"]) -> Float[np.ndarray, "H"]:

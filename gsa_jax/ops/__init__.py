@@ -6,7 +6,7 @@ Letters used in shapes throughout the project:
     E hidden_size   F width of the MLP   V vocabulary   W window in tokens
 """
 
-from gsa_jax.ops.api import Window, splat_attention
+from gsa_jax.ops.api import splat_attention
 from gsa_jax.ops.linear import linear, look_up
 from gsa_jax.ops.softmax import causal_attention
 from gsa_jax.ops.state import Splats, SplatState, init_splat_state, no_splats
@@ -14,7 +14,6 @@ from gsa_jax.ops.state import Splats, SplatState, init_splat_state, no_splats
 __all__ = [
     "SplatState",
     "Splats",
-    "Window",
     "causal_attention",
     "init_splat_state",
     "linear",

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from gsa_jax.config import AttentionImplementation
+from gsa_jax.config import AttentionImplementation, Window
 from gsa_jax.errors import InputError
 from gsa_jax.ops.chunked import chunked
 from gsa_jax.ops.flash import exact_attention
@@ -37,9 +37,6 @@ from gsa_jax.ops.state import (
 )
 
 Implementation = Literal["reference", "chunked", "recurrent"]
-
-Window = int | Literal["all"]
-"""Tokens seen exactly, the query's own included; `"all"` is an infinite window."""
 
 _SPECS: dict[str, Any] = {field.name: ROWS_AND_HEADS for field in dataclasses.fields(SplatState)}
 _SPECS |= {"valid": BATCH, "length": P()}
@@ -227,8 +224,8 @@ def _check_inputs(
         raise InputError(f"kept = {kept!r}; give a number of keys >= 0")
     if window == "all" and kept:
         raise InputError(f"kept = {kept} with window = 'all': no key leaves the window; give a window, or kept = 0")
-    if window == 0 and per_splat[1] == 0:
-        raise InputError("window = 0 without splats leaves nothing to attend to; give a window or splats")
+    if window == 0 and per_splat[1] == 0 and kept == 0:
+        raise InputError("window = 0 without splats leaves nothing to attend to; give a window, splats or kept keys")
 
 
 def _check_choices(
