@@ -225,12 +225,10 @@ def words_of(pieces: Sequence[str]) -> list[str]:
     Marks are words of their own.
     """
     words: list[list[str]] = []
-    for piece in pieces:
-        continues = words and piece[:1].isalpha() and piece[:1] != "\u0120" and words[-1][-1][-1:].isalpha()
+    for piece in (piece.replace("\u0120", " ").replace("\u010a", "\\n") for piece in pieces):
+        continues = words and piece[:1].isalpha() and words[-1][-1][-1:].isalpha() and words[-1][-1] != "\\n"
         words.append([*words.pop(), piece] if continues else [piece])
-    return [
-        word for parts in words for word in ["".join(parts).replace("\u0120", "").replace("\u010a", "\\n")] * len(parts)
-    ]
+    return ["".join(parts).strip() or "space" for parts in words for _ in parts]
 
 
 def most_kept(words: Sequence[Sequence[str]], durations: Sequence[Int[np.ndarray, "T"]]) -> tuple[KeptWord, ...]:

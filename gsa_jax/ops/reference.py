@@ -46,7 +46,9 @@ def scores(
     return jnp.where(seen, score, -jnp.inf)
 
 
-def most_important(importance: Float[Array, "K"], far: Bool[Array, "*T K"], kept: int) -> Bool[Array, "*T K"]:
+def most_important(
+    importance: Float[Array, "K"], far: Bool[Array, "*T K"], kept: int | Int[Array, ""]
+) -> Bool[Array, "*T K"]:
     """Which far keys are kept: those of most importance, and the older of two that are as important."""
     order = jnp.argsort(jnp.where(far, -importance, jnp.inf), axis=-1, stable=True)
     return far & (jnp.argsort(order, axis=-1, stable=True) < kept)

@@ -18,9 +18,9 @@ def made_up_sums() -> Sums:
     random = np.random.default_rng(0)
     tokens = random.integers(20, 60, (DOCUMENTS, 2))
     exact = tokens * random.uniform(1, 4, (DOCUMENTS, 1))
-    extra = {"exact": 0.0, "hybrid": 0.025, "window-only": 0.1, "splats-only": 1.0}
+    extra = {"exact": 0.0, "hybrid": 0.025, "without-splats": 0.05, "window-only": 0.1, "none": 1.0}
     nats = {arm: exact + tokens * more for arm, more in extra.items()}
-    nats["splats-only"] = nats["splats-only"] + random.normal(0, 5, exact.shape)
+    nats["none"] = nats["none"] + random.normal(0, 5, exact.shape)
     return Sums(random.integers(100, 200, DOCUMENTS), tokens, nats)
 
 
@@ -52,7 +52,7 @@ def test_intervals_are_those_of_a_paired_bootstrap_over_documents() -> None:
     """scipy pairs the samples itself when they are given to it one by one; another seed gives other resamples."""
     sums = made_up_sums()
     tokens = sums.tokens.sum(axis=1)
-    samples = (sums.nats["splats-only"].sum(axis=1), sums.nats["exact"].sum(axis=1), tokens)
+    samples = (sums.nats["none"].sum(axis=1), sums.nats["exact"].sum(axis=1), tokens)
     expected = scipy.stats.bootstrap(
         samples,
         lambda arm, exact, tokens, axis: np.exp((arm - exact).sum(axis) / tokens.sum(axis)),
@@ -60,7 +60,7 @@ def test_intervals_are_those_of_a_paired_bootstrap_over_documents() -> None:
         method="percentile",
         rng=np.random.default_rng(1),
     ).confidence_interval
-    found = estimates(sums)["perplexity_ratio", "splats-only"].interval
+    found = estimates(sums)["perplexity_ratio", "none"].interval
     assert found == pytest.approx(tuple(expected), abs=0.15 * (expected.high - expected.low))
 
 
@@ -80,11 +80,13 @@ def test_bits_per_byte_count_the_bytes_of_the_documents_drawn(unchecked) -> None
 
 def test_share_of_the_gap_that_is_closed() -> None:
     sums = made_up_sums()
-    closed = estimates(sums)["gap_closed",]
-    assert closed.value == pytest.approx(0.75) and closed.interval == pytest.approx((0.75, 0.75))
-    for gap in (0.0, -0.1):
-        nats = sums.nats | {"window-only": sums.nats["exact"] + gap * sums.tokens}
-        assert ("gap_closed",) not in estimates(dataclasses.replace(sums, nats=nats))
+    for control, share in (("window-only", 0.75), ("without-splats", 0.5)):
+        closed = estimates(sums)["gap_closed", control]
+        assert closed.value == pytest.approx(share) and closed.interval == pytest.approx((share, share))
+        for gap in (0.0, -0.1):
+            nats = sums.nats | {control: sums.nats["exact"] + gap * sums.tokens}
+            assert ("gap_closed", control) not in estimates(dataclasses.replace(sums, nats=nats))
+    assert ("gap_closed", "without-kept") not in estimates(sums), "no such arm"
 
 
 def test_one_document_has_no_interval() -> None:

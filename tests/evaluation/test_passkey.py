@@ -14,20 +14,21 @@ from flax import nnx
 
 from gsa_jax import InputError, SplatConfig, load, load_tokenizer
 from gsa_jax.checkpoint import load_tensors
+from gsa_jax.evaluation.arms import ARMS
 from gsa_jax.evaluation.passkey import CANDIDATES, Items, Passkey, evaluate_passkey, key_scores, make_items, score_keys
 from gsa_jax.text import read_documents
 from helpers.texts import STORIES, TOLD
 from helpers.tiny_checkpoints import SHAPE, WINDOW, tiny_checkpoint
 from helpers.tiny_models import random_ids, tiny_model
 
-CONTEXT, POSITIONS = 100, 128
+CONTEXT, POSITIONS, KEPT = 100, 128, 4
 """The tiny model has positions for one training length only."""
 
 
 @pytest.fixture(scope="module")
 def checkpoint(story_neo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(
-        tmp_path_factory.mktemp("passkey"), story_neo, splats=SplatConfig(num_splats=3, window=WINDOW)
+        tmp_path_factory.mktemp("passkey"), story_neo, splats=SplatConfig(num_splats=3, window=WINDOW, kept=KEPT)
     )
 
 
@@ -121,23 +122,23 @@ def test_arms_score_as_their_models_do_without_a_cache(checkpoint: Path, passkey
         model = hf_model(**SHAPE, attention_types=[[[pattern, "local"], 1]], window_size=WINDOW)
         return lambda ids: model(torch.from_numpy(ids).long()).logits.numpy()
 
-    def of_ours(window: int):
-        graphdef, params = nnx.split(load(checkpoint, window=window))
+    def of_ours(kept: int):
+        graphdef, params = nnx.split(load(checkpoint, kept=kept))
         forward = jax.jit(lambda params, ids: nnx.merge(graphdef, params)(ids))
         return lambda ids: np.array(forward(params, ids))
 
     runs = {
         "exact": of_pytorch("global"),
-        "hybrid": of_ours(WINDOW),
+        "hybrid": of_ours(KEPT),
+        "without-kept": of_ours(0),
         "window-only": of_pytorch("local"),
-        "splats-only": of_ours(0),
     }
     (row,) = passkey.rows
-    assert (row.multiple, row.length) == (1, CONTEXT) and [arm.name for arm in row.arms] == [*runs, "none"]
+    assert (row.multiple, row.length) == (1, CONTEXT) and tuple(arm.name for arm in row.arms) == ARMS
     items = items_of(checkpoint, CONTEXT, CANDIDATES)
     with torch.no_grad():
         expected = {arm: full_forward_margin(run, items) for arm, run in runs.items()}
-    assert {arm.name: arm.margin.value for arm in row.arms[:-1]} == pytest.approx(expected, abs=2e-4)
+    assert {arm.name: arm.margin.value for arm in row.arms if arm.name in runs} == pytest.approx(expected, abs=2e-4)
     margins = sorted(expected.values())
     assert np.diff(margins).min() > 1e-3, "the arms can be told apart"
 
@@ -172,7 +173,7 @@ def test_lengths_are_multiples_and_those_without_positions_are_left_out(
         f"left out: 2x (200 tokens), 4x (400 tokens), 8x (800 tokens); the model has {POSITIONS} positions; "
         "give it more: --max-positions 800",
     )
-    assert (passkey.context, passkey.items, passkey.candidates, passkey.window) == (CONTEXT, 10, 10, WINDOW)
+    assert (passkey.context, passkey.items, passkey.candidates, passkey.splats.window) == (CONTEXT, 10, 10, WINDOW)
     read = []
 
     def stand_in(graphdef, params, prompts: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -180,15 +181,15 @@ def test_lengths_are_multiples_and_those_without_positions_are_left_out(
         return np.zeros(keys.shape[:2]), np.zeros(keys.shape[:2], bool)
 
     monkeypatch.setattr("gsa_jax.evaluation.passkey.key_scores", stand_in)
-    longer = evaluate_passkey(checkpoint, TOLD, window=0, items=20, max_positions=4 * POSITIONS, batch_size=15)
+    longer = evaluate_passkey(checkpoint, TOLD, window=0, kept=0, items=20, max_positions=4 * POSITIONS, batch_size=15)
     assert [(row.multiple, row.length) for row in longer.rows] == [(1, 128), (2, 256), (4, 512)]
-    assert [arm.name for arm in longer.rows[0].arms] == ["exact", "splats-only", "none"]
+    assert [arm.name for arm in longer.rows[0].arms] == ["exact", "hybrid", "none"]
     assert longer.rows[0].arms[0].chosen.interval is not None and longer.items == 20
     shapes = [(15, 128)] * 2 + [(15, 256)] * 2 + [(8, 512)] * 3
     assert [(len(prompts), prompts.shape[1] + 6) for prompts in read] == 3 * shapes
     for first, second in zip(read[:7], read[7:14], strict=True):
         assert np.array_equal(first, second), "all arms read the same items"
-    assert len(longer.notes) == 2 and "hybrid and window-only are left out" in longer.notes[0]
+    assert len(longer.notes) == 3 and "window-only is left out" in longer.notes[1]
     with pytest.raises(InputError, match="context = 200: the model has 128 positions; give it more: --max-positions 2"):
         evaluate_passkey(checkpoint, TOLD, context=200)
 

@@ -18,11 +18,12 @@ from gsa_jax.config import OPTIONAL_TERMS
 from gsa_jax.convert import convert
 from gsa_jax.evaluation.arms import ARMS, make_arms
 from gsa_jax.evaluation.perplexity import Evaluation, evaluate
+from gsa_jax.parameters import build_model, expected_shapes
 from helpers.texts import STORIES
 from helpers.tiny_checkpoints import SHAPE, tiny_folder
 
-WINDOW, CONTEXT = 8, 100
-"""As many tokens as the tiny model's local layer sees; less than the stories have."""
+WINDOW, KEPT, CONTEXT = 8, 4, 100
+"""As many tokens as the tiny model's local layer sees; keys kept beyond them; less than the stories have."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def checkpoint(story_neo: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A random model of a global and a local layer, with splats in the global one that its keys can reach."""
     folder = tmp_path_factory.mktemp("evaluation")
     source = tiny_folder(folder / "source", story_neo)
-    convert(source, folder / "checkpoint", splats=SplatConfig(num_splats=3, window=WINDOW))
+    convert(source, folder / "checkpoint", splats=SplatConfig(num_splats=3, window=WINDOW, kept=KEPT))
 
     def widen(tensors: dict[str, np.ndarray]) -> None:
         tensors["transformer.h.0.attn.attention.splat_log_scales"] += 1.0
@@ -103,11 +104,13 @@ def test_arms_that_pytorch_has_cost_what_pytorch_says(arm: str, checkpoint: Path
 
 
 @pytest.mark.parity  # losses are PyTorch's
-@pytest.mark.parametrize(("arm", "window"), [("hybrid", WINDOW), ("splats-only", 0)])
-def test_arms_with_splats_are_the_loaded_model(arm: str, window: int, checkpoint: Path, evaluation: Evaluation) -> None:
+@pytest.mark.parametrize(("arm", "kept"), [("hybrid", None), ("without-kept", 0)])
+def test_arms_with_splats_are_the_loaded_model(
+    arm: str, kept: int | None, checkpoint: Path, evaluation: Evaluation
+) -> None:
     """One window at a time; padding comes from other tokens and is not said to be padding."""
 
-    graphdef, params = nnx.split(load(checkpoint, window=window))
+    graphdef, params = nnx.split(load(checkpoint, kept=kept))
     forward = jax.jit(lambda params, ids: nnx.merge(graphdef, params)(ids))
 
     def run(ids: Any) -> np.ndarray:
@@ -123,7 +126,8 @@ def test_totals_are_those_of_the_buckets(evaluation: Evaluation) -> None:
     stories = [story for story in stories if story]
     assert evaluation.documents == len(stories) == 3
     assert evaluation.bytes == sum(len(story.encode()) for story in stories)
-    assert (evaluation.context, evaluation.window, evaluation.num_splats, evaluation.layers) == (CONTEXT, 8, 3, (0,))
+    assert (evaluation.context, evaluation.splats.num_splats, evaluation.layers) == (CONTEXT, 3, (0,))
+    assert (evaluation.splats.window, evaluation.splats.kept) == (WINDOW, KEPT)
     assert tuple(scores(evaluation)) == ARMS and evaluation.notes == ()
     assert sum(bucket.tokens for bucket in evaluation.buckets) == evaluation.tokens
     exact = evaluation.arms[0].cross_entropy.value
@@ -142,12 +146,34 @@ def test_a_window_that_holds_the_context_is_exact_bit_for_bit(checkpoint: Path) 
     assert wide.gap_closed is None
 
 
-def test_without_a_window_the_hybrid_is_splats_only(checkpoint: Path, evaluation: Evaluation) -> None:
+def test_arms_that_there_are_not_are_left_out(checkpoint: Path, evaluation: Evaluation) -> None:
     pure = evaluate(checkpoint, STORIES, window=0, context=CONTEXT)
-    assert tuple(scores(pure)) == ("exact", "splats-only", "none")
-    assert scores(pure) == {arm: scores(evaluation)[arm] for arm in scores(pure)}
-    assert pure.gap_closed is None and pure.window == 0
-    assert len(pure.notes) == 1 and "hybrid and window-only are left out" in pure.notes[0]
+    assert tuple(scores(pure)) == ("exact", "hybrid", "without-splats", "without-kept", "none")
+    assert {arm: scores(pure)[arm] for arm in ("exact", "none")} == {
+        arm: scores(evaluation)[arm] for arm in ("exact", "none")
+    }
+    assert pure.gap_closed is None and pure.splats.window == 0
+    assert len(pure.notes) == 1 and "window-only is left out" in pure.notes[0]
+    plain = evaluate(checkpoint, STORIES, kept=0, context=CONTEXT)
+    assert tuple(scores(plain)) == ("exact", "hybrid", "window-only", "none")
+    assert scores(plain)["hybrid"] == scores(evaluation)["without-kept"]
+    assert len(plain.notes) == 1 and "no keys are kept" in plain.notes[0]
+    assert plain.state_bytes < evaluation.state_bytes
+
+
+def test_what_each_part_does_given_the_other(evaluation: Evaluation) -> None:
+    found = scores(evaluation)
+    shares = {
+        "window-only": evaluation.gap_closed,
+        "without-splats": evaluation.closed_by_splats,
+        "without-kept": evaluation.closed_by_kept,
+    }
+    for arm, share in shares.items():
+        gap = found[arm] - found["exact"]
+        if gap <= 0:
+            assert share is None
+        else:
+            assert share is not None and share.value == pytest.approx((found[arm] - found["hybrid"]) / gap)
 
 
 @pytest.mark.parity  # losses are PyTorch's
@@ -170,11 +196,18 @@ def test_bits_per_byte_of_one_document(checkpoint: Path, tmp_path: Path) -> None
 
 def test_every_arm_is_a_whole_model_whatever_terms_the_splats_have(checkpoint: Path) -> None:
     config, tensors = load_tensors(checkpoint)
-    splats = SplatConfig(num_splats=3, window=WINDOW, layers="all", **dict.fromkeys(OPTIONAL_TERMS, True))
-    arms = make_arms(dataclasses.replace(config, splats=splats), tensors)
+    terms = dict.fromkeys(OPTIONAL_TERMS, True)
+    splats = SplatConfig(num_splats=3, window=WINDOW, kept=(0, 2), layers="all", importance="learned", **terms)
+    config = dataclasses.replace(config, splats=splats)
+    tensors = {name: tensors.get(name, np.ones(shape, np.float32)) for name, shape in expected_shapes(config).items()}
+    arms = make_arms(config, tensors)
     assert tuple(arms) == ARMS
+    for of_arm, of_tensors in arms.values():
+        build_model(of_arm, of_tensors)
     assert arms["exact"][0].windows == ("all", 8) and arms["window-only"][0].windows == (WINDOW, WINDOW)
-    assert arms["splats-only"][0].windows == (0, 0)
+    assert [name for name in arms["without-splats"][1] if ".splat_" in name] == [
+        f"transformer.h.{layer}.attn.attention.splat_importance" for layer in (0, 1)
+    ], "the same keys are kept"
     emptied = [name for name, tensor in arms["none"][1].items() if not tensor.any() and tensors[name].any()]
     assert emptied == [f"transformer.h.{layer}.attn.attention.v_proj.weight" for layer in (0, 1)]
     assert all(tensors[name].any() for name in emptied), "the checkpoint's own tensors are left as they are"
@@ -234,7 +267,7 @@ def test_the_command_prints_and_writes_what_the_library_finds(
 
 def test_the_command_says_which_arms_are_left_out(run_gsa, checkpoint: Path) -> None:
     outcome = run_gsa("eval", checkpoint, "--text", STORIES, "--window", 0, "--context", CONTEXT, "--max-documents", 1)
-    assert outcome.code == 0 and "hybrid and window-only are left out" in outcome.out
+    assert outcome.code == 0 and "window-only is left out" in outcome.out
     assert "1 documents" not in outcome.out and "1 document, " in outcome.out
 
 

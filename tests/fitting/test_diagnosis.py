@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gsa_jax.checkpoint import load_tensors
+from gsa_jax.checkpoint import load_tensors, load_tokenizer
 from gsa_jax.config import GPTNeoConfig, SplatConfig
 from gsa_jax.convert import convert
 from gsa_jax.errors import InputError
-from gsa_jax.fitting.diagnosis import Diagnostics, diagnose, diagnose_model
+from gsa_jax.fitting.diagnosis import Diagnostics, diagnose, diagnose_model, words_of
 from gsa_jax.fitting.placing import ENTROPY_BAND, FIT_REPORT_FILE, fit_init
 from gsa_jax.fitting.statistics import calibration_tokens, sample_rows
 from gsa_jax.loss import mean_next_token_loss
@@ -23,8 +23,8 @@ from gsa_jax.parameters import build_model, without_splats
 from helpers.attention_oracle import DEAD_SHARE, head_splats, head_statistics, hf_queries_and_keys
 from helpers.texts import STORIES
 
-WINDOW = 16
-SPLATS = SplatConfig(num_splats=5, window=WINDOW, layers=(1, 2), norm_gain=True, far_gain=True)
+WINDOW, KEPT = 16, 8
+SPLATS = SplatConfig(num_splats=5, window=WINDOW, kept=KEPT, layers=(1, 2), norm_gain=True, far_gain=True)
 
 
 class Diagnosed(NamedTuple):
@@ -42,7 +42,7 @@ class Diagnosed(NamedTuple):
             term = name.rpartition(".splat_")[2]
             if ".splat_" in name and term in terms:
                 tensors[name] = np.broadcast_to(terms[term], tensors[name].shape).astype(np.float32)
-        return diagnose_model(build_model(self.config, tensors), self.ids, self.mask)
+        return diagnose_model(build_model(self.config, tensors), self.ids, self.mask, [[]] * len(self.ids))
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +62,13 @@ def test_statistics_are_those_of_float64_rows(diagnosed: Diagnosed, story_neo: P
     projections = hf_queries_and_keys(story_neo, diagnosed.ids, 4)
     heads = diagnosed.diagnostics.heads
     assert [(head.layer, head.head) for head in heads] == [(layer, head) for layer in (1, 2) for head in range(4)]
-    assert (diagnosed.diagnostics.window, diagnosed.diagnostics.tokens) == (WINDOW, int(diagnosed.mask.sum()))
+    assert (diagnosed.diagnostics.splats, diagnosed.diagnostics.tokens) == (SPLATS, int(diagnosed.mask.sum()))
     for got in heads:
         query, key = (x[:, :, got.head] for x in projections[got.layer])
         splats = head_splats(diagnosed.tensors, got.layer, got.head)
         seen = diagnosed.config.window_size if got.layer == 1 else None
-        exact = head_statistics(query, key, sample, window=WINDOW, seen=seen)
-        through = head_statistics(query, key, sample, window=WINDOW, splats=splats)
+        exact = head_statistics(query, key, sample, window=WINDOW, kept=KEPT, seen=seen)
+        through = head_statistics(query, key, sample, window=WINDOW, kept=KEPT, splats=splats)
         np.testing.assert_allclose(
             [got.exact_entropy, got.entropy, got.exact_far_mass, got.far_mass],
             [exact.entropy, through.entropy, exact.far_mass, through.far_mass],
@@ -78,6 +78,47 @@ def test_statistics_are_those_of_float64_rows(diagnosed: Diagnosed, story_neo: P
         np.testing.assert_allclose(got.usage, np.exp(-np.sum(positive * np.log(positive))), rtol=1e-3)
         assert got.dead_splats == np.sum(through.usage < DEAD_SHARE / SPLATS.num_splats)
         np.testing.assert_allclose(got.sigma, np.exp(np.mean(splats.log_scales)), rtol=1e-5)
+
+
+def test_words_that_are_kept_are_those_of_the_longest_keys(diagnosed: Diagnosed, story_neo: Path) -> None:
+    """Token by token: which keys a head keeps is told by their norms, and for how long by counting."""
+    tokenizer = load_tokenizer(diagnosed.folder)
+    projections = hf_queries_and_keys(story_neo, diagnosed.ids, 4)
+    for head in diagnosed.diagnostics.heads:
+        kept: dict[str, list[int]] = {}
+        for row, (ids, valid) in enumerate(zip(diagnosed.ids, diagnosed.mask, strict=True)):
+            norms = np.square(projections[head.layer][1][row, valid, head.head]).sum(axis=-1)
+            durations = np.zeros(len(norms), int)
+            for query in range(WINDOW, len(norms)):
+                durations[np.argsort(-norms[: query - WINDOW + 1], kind="stable")[:KEPT]] += 1
+            words = words_of(tokenizer.convert_ids_to_tokens(ids[valid].tolist()))
+            for word, tokens in zip(words, durations.tolist(), strict=True):
+                if tokens:
+                    kept.setdefault(word, []).append(tokens)
+        assert len(head.kept_words) == 20
+        totals = [sum(kept[word.word]) for word in head.kept_words]
+        assert totals == sorted(map(sum, kept.values()), reverse=True)[:20]
+        for word in head.kept_words:
+            assert (word.times, word.tokens) == (len(kept[word.word]), pytest.approx(np.mean(kept[word.word])))
+
+
+def test_pieces_make_words() -> None:
+    pieces = [
+        "<|endoftext|>",
+        "Once",
+        "\u0120up",
+        "on",
+        "\u0120a",
+        "\u0120time",
+        ",",
+        "\u0120Li",
+        "ly",
+        "'",
+        "s",
+        "\u010a",
+    ]
+    words = ["<|endoftext|>", "Once", "upon", "upon", "a", "time", ",", "Lily", "Lily", "'", "s", "\\n"]
+    assert words_of(pieces) == words
 
 
 def test_every_head_starts_alive(diagnosed: Diagnosed) -> None:
@@ -116,13 +157,14 @@ def test_gradients_are_slopes_of_the_loss(diagnosed: Diagnosed) -> None:
 def test_random_centers_near_zero_are_poor(diagnosed: Diagnosed) -> None:
     """Splats that are all the same tell no query from another, and without a gain little weight reaches them."""
     centers = 0.01 * np.random.default_rng(0).normal(size=(4, SPLATS.num_splats, 48))
-    poor = diagnosed.changed(centers=centers, log_scales=0.0, norm_gain=0.0, far_gain=0.0)
-    assert poor.loss > diagnosed.diagnostics.loss
-    for bad, good in zip(poor.heads, diagnosed.diagnostics.heads, strict=True):
+    bare = diagnosed._replace(config=diagnosed.config.with_window(kept=0))
+    fitted, poor = bare.changed(), bare.changed(centers=centers, log_scales=0.0, norm_gain=0.0, far_gain=0.0)
+    assert poor.loss > fitted.loss
+    for bad, good in zip(poor.heads, fitted.heads, strict=True):
         assert bad.far_mass < 0.5 * min(good.far_mass, good.exact_far_mass)
         assert bad.centers_gradient < good.centers_gradient
         assert bad.usage == pytest.approx(SPLATS.num_splats, abs=0.01)
-    bad, good = (sum(head.centers_gradient for head in x.heads) for x in (poor, diagnosed.diagnostics))
+    bad, good = (sum(head.centers_gradient for head in x.heads) for x in (poor, fitted))
     assert bad < 0.2 * good
 
 
@@ -147,8 +189,9 @@ def test_a_gradient_that_is_not_finite_is_dead(diagnosed: Diagnosed) -> None:
 
 def test_json_has_everything(diagnosed: Diagnosed) -> None:
     values = json.loads(json.dumps(diagnosed.diagnostics.to_json()))
-    assert (values["window"], values["loss"]) == (WINDOW, diagnosed.diagnostics.loss)
+    assert (values["splats"]["window"], values["loss"]) == (WINDOW, diagnosed.diagnostics.loss)
     expected = [dataclasses.asdict(head) | {"is_dead": False} for head in diagnosed.diagnostics.heads]
+    expected = json.loads(json.dumps(expected))
     assert values["heads"] == expected
 
 
@@ -161,7 +204,7 @@ def test_bad_input_is_refused(diagnosed: Diagnosed, tmp_path: Path) -> None:
         diagnose(diagnosed.folder, STORIES, window=500)
     without = build_model(*without_splats(diagnosed.config, diagnosed.tensors))
     with pytest.raises(InputError, match="no splats to diagnose"):
-        diagnose_model(without, diagnosed.ids, diagnosed.mask)
+        diagnose_model(without, diagnosed.ids, diagnosed.mask, [])
     unused = build_model(diagnosed.config.with_window("all"), diagnosed.tensors)
     with pytest.raises(InputError, match="leaves the splats unused"):
-        diagnose_model(unused, diagnosed.ids, diagnosed.mask)
+        diagnose_model(unused, diagnosed.ids, diagnosed.mask, [])

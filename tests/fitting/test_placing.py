@@ -18,13 +18,16 @@ from gsa_jax.convert import convert
 from gsa_jax.errors import InputError
 from gsa_jax.fitting.kmeans import _lloyd_step, kmeans
 from gsa_jax.fitting.placing import ENTROPY_BAND, FIT_REPORT_FILE, FitReport, fit_init
-from gsa_jax.fitting.statistics import RowSample, attended_midpoints, calibration_tokens, queries_and_keys, sample_rows
+from gsa_jax.fitting.statistics import RowSample, attended_midpoints, calibration_tokens, projections, sample_rows
 from gsa_jax.parameters import build_model, without_splats
 from helpers.attention_oracle import head_splats, head_statistics, hf_queries_and_keys
 from helpers.bits import assert_same_tensors
 from helpers.texts import STORIES
 
-SPLATS = SplatConfig(num_splats=6, window=24, layers="all", log_amplitudes=True, norm_gain=True, far_gain=True)
+KEPT = 5
+SPLATS = SplatConfig(
+    num_splats=6, window=24, kept=KEPT, layers="all", log_amplitudes=True, norm_gain=True, far_gain=True
+)
 SEED = 3
 
 
@@ -39,7 +42,7 @@ class Fitted(NamedTuple):
     tensors: dict[str, np.ndarray]
     mask: np.ndarray
     sample: RowSample
-    projections: list[tuple[np.ndarray, np.ndarray]]
+    of_pytorch: list[tuple[np.ndarray, np.ndarray]]
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +60,8 @@ def fitted(plain: Path, story_neo: Path, tmp_path_factory: pytest.TempPathFactor
     report = fit_init(plain, folder, STORIES, splats=SPLATS, seed=SEED)
     config, tensors = load_tensors(folder)
     ids, mask = calibration_tokens(plain, STORIES, config, 32768)
-    projections = hf_queries_and_keys(story_neo, ids, config.num_heads)
-    return Fitted(plain, folder, report, tensors, mask, sample_rows(mask, SEED), projections)
+    of_pytorch = hf_queries_and_keys(story_neo, ids, config.num_heads)
+    return Fitted(plain, folder, report, tensors, mask, sample_rows(mask, SEED), of_pytorch)
 
 
 def test_kmeans_finds_separated_clusters() -> None:
@@ -130,10 +133,10 @@ def test_queries_and_keys_are_those_of_pytorch(fitted: Fitted) -> None:
     ids, mask = calibration_tokens(fitted.folder, STORIES, config, 32768)
     assert mask.sum() == fitted.report.tokens > 200 and not mask.all()
     model = build_model(*without_splats(config, tensors))
-    collected = list(queries_and_keys(model, ids, mask, config.splat_layers))
-    assert [layer for layer, _, _ in collected] == [0, 1, 2, 3]
-    for layer, *ours in collected:
-        for got, expected in zip(ours, fitted.projections[layer], strict=True):
+    collected = list(projections(model, ids, mask, config.splat_layers))
+    assert [layer for layer, _ in collected] == [0, 1, 2, 3]
+    for layer, ours in collected:
+        for got, expected in zip(ours[:2], fitted.of_pytorch[layer], strict=True):
             np.testing.assert_allclose(np.asarray(got)[mask], expected[mask], atol=2e-4)
 
 
@@ -142,7 +145,7 @@ def test_scales_reach_the_entropy_of_exact_attention(fitted: Fitted) -> None:
     config, _ = load_tensors(fitted.folder)
     assert [(head.layer, head.head) for head in fitted.report.heads] == [(n, h) for n in range(4) for h in range(4)]
     for fit in fitted.report.heads:
-        query, key = (x[:, :, fit.head] for x in fitted.projections[fit.layer])
+        query, key = (x[:, :, fit.head] for x in fitted.of_pytorch[fit.layer])
         splats = head_splats(fitted.tensors, fit.layer, fit.head)
         assert len(set(splats.log_scales)) == 1
         np.testing.assert_allclose(np.exp(splats.log_scales[0]), fit.sigma, rtol=1e-5)
@@ -159,13 +162,13 @@ def test_scales_reach_the_entropy_of_exact_attention(fitted: Fitted) -> None:
 def test_far_gains_give_far_keys_their_exact_mass(fitted: Fitted) -> None:
     assert SPLATS.window is not None
     config, _ = load_tensors(fitted.folder)
-    far_rows = float((fitted.sample.rows >= SPLATS.window).mean())
+    far_rows = float((fitted.sample.rows >= SPLATS.window + KEPT).mean())
     for fit in fitted.report.heads:
-        query, key = (x[:, :, fit.head] for x in fitted.projections[fit.layer])
+        query, key = (x[:, :, fit.head] for x in fitted.of_pytorch[fit.layer])
         seen = config.window_size if config.attention_layers[fit.layer] == "local" else None
-        exact = head_statistics(query, key, fitted.sample, window=SPLATS.window, seen=seen)
+        exact = head_statistics(query, key, fitted.sample, window=SPLATS.window, kept=KEPT, seen=seen)
         splats = head_splats(fitted.tensors, fit.layer, fit.head)
-        hybrid = head_statistics(query, key, fitted.sample, window=SPLATS.window, splats=splats)
+        hybrid = head_statistics(query, key, fitted.sample, window=SPLATS.window, kept=KEPT, splats=splats)
         assert fit.far_gain == pytest.approx(float(splats.far_gain))
         wanted = np.clip(exact.far_mass, 0.01 * far_rows, 0.99 * far_rows)
         np.testing.assert_allclose(hybrid.far_mass, wanted, atol=1e-3)

@@ -43,8 +43,16 @@ def head_splats(tensors: dict[str, np.ndarray], layer: int, head: int) -> HeadSp
     )
 
 
+def far_keys(keys: np.ndarray, window: int, kept: int) -> np.ndarray:
+    """Which of the keys up to a query's own go through splats: all beyond the window but the longest ones."""
+    distance = np.arange(len(keys))[::-1]
+    beyond = np.flatnonzero(distance >= window)
+    stays = sorted(beyond, key=lambda j: (-np.sum(keys[j] ** 2), j))[:kept]
+    return (distance >= window) & ~np.isin(np.arange(len(keys)), stays)
+
+
 def row_weights(
-    query: np.ndarray, keys: np.ndarray, window: int, seen: int | None, splats: HeadSplats | None
+    query: np.ndarray, keys: np.ndarray, far: np.ndarray, seen: int | None, splats: HeadSplats | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights of a query over the keys up to its own, and what each splat carries of them."""
     distance = np.arange(len(keys))[::-1]
@@ -58,8 +66,8 @@ def row_weights(
         joint = -squared / (2 * np.exp(2 * splats.log_scales)) + splats.log_amplitudes
         norms = np.sum(query**2) + np.sum(keys**2, axis=1, keepdims=True)
         joint += splats.norm_gain * norms + splats.far_gain
-        joint[distance < window] = -np.inf
-        scores = np.where(distance < window, scores, np.logaddexp.reduce(joint, axis=1))
+        joint[~far] = -np.inf
+        scores = np.where(far, np.logaddexp.reduce(joint, axis=1), scores)
     normaliser = np.logaddexp.reduce(scores)
     return np.exp(scores - normaliser), np.exp(joint - normaliser).sum(axis=0)
 
@@ -70,6 +78,7 @@ def head_statistics(
     sample: RowSample,
     *,
     window: int,
+    kept: int = 0,
     seen: int | None = None,
     splats: HeadSplats | None = None,
 ) -> HeadStatistics:
@@ -78,10 +87,11 @@ def head_statistics(
     entropies, masses, carried = [], [], []
     for sequence, rows in zip(sample.sequences, sample.rows, strict=True):
         for row in rows:
-            weights, through = row_weights(query[sequence, row], key[sequence, : row + 1], window, seen, splats)
+            far = far_keys(key[sequence, : row + 1], window, kept)
+            weights, through = row_weights(query[sequence, row], key[sequence, : row + 1], far, seen, splats)
             positive = weights[weights > 0]
             entropies.append(-np.sum(positive * np.log(positive)) / np.log(row + 1))
-            masses.append(weights[: max(row + 1 - window, 0)].sum())
+            masses.append(weights[far].sum())
             carried.append(through)
     usage = np.sum(carried, axis=0)
     return HeadStatistics(float(np.mean(entropies)), float(np.mean(masses)), usage / max(usage.sum(), 1e-300))

@@ -20,7 +20,7 @@ from gsa_jax.errors import InputError
 from gsa_jax.train.metrics import METRICS_FILE, MetricsLog, Record, read_metrics
 from gsa_jax.train.plot import plot_run
 
-ARMS = {"exact": 1.0, "hybrid": 1.05, "window-only": 1.4, "splats-only": 9.0}
+ARMS = {"exact": 1.0, "hybrid": 1.05, "window-only": 1.4, "none": 9.0}
 
 
 def trained(step: int) -> Record:
