@@ -19,7 +19,7 @@ import numpy as np
 from device_bench import Bench, Finding, concurrently, normal, seconds_per_call
 
 import gsa_jax
-from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig
+from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig, LayerSplats
 from gsa_jax.parameters import POSITION_EMBEDDING, build_model, expected_shapes
 from gsa_jax.train.config import MODELS, MeshConfig, OptimizerConfig
 from gsa_jax.train.memory import memory_reports
@@ -165,8 +165,8 @@ def flops_per_token(config: GPTNeoConfig, context: int) -> float:
         if window == "all":
             keys += (context + 1) / 2
             continue
-        splats = config.splats.num_splats if config.splats is not None and layer in config.splat_layers else 0
-        keys += min(window, context) + 2 * splats
+        splats = config.layer_splats.get(layer, LayerSplats(0, window, 0))
+        keys += min(window, context) + splats.kept + 2 * splats.num_splats
     return 6 * _multiplied(config) + 12 * config.hidden_size * keys
 
 

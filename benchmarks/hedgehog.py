@@ -51,7 +51,8 @@ from gsa_jax.train.optimizer import make_optimizer
 from gsa_jax.train.step import init_state, make_step
 
 RESULTS = Path(__file__).parent / "results" / "hedgehog.json"
-SPLATS = SplatConfig(num_splats=128, window=0)
+FEATURES = 128
+SPLATS = SplatConfig(num_splats=FEATURES, window=0)
 """Of the row to compare with. Hedgehog has as many features per head, half of them of either sign."""
 
 LEARNING_RATE = 0.1
@@ -91,7 +92,7 @@ class HedgehogSelfAttention(GPTNeoSelfAttention):
         log_query, log_key = self._log_features("query", query), self._log_features("key", key)
         if NORMALISED:  # a query's sum would cancel
             log_key = jax.nn.log_softmax(log_key)
-        head_dim, features = value.shape[-1], SPLATS.num_splats
+        head_dim, features = value.shape[-1], FEATURES
         splats = Splats(
             jnp.broadcast_to(jnp.eye(features), (self.num_heads, features, features)),
             jnp.zeros((self.num_heads, features)),
@@ -109,7 +110,7 @@ class HedgehogSelfAttention(GPTNeoSelfAttention):
 
 def initial_maps(config: GPTNeoConfig) -> dict[str, jax.Array]:
     """W is the identity as far as it goes, with small random rows below; b is 0."""
-    heads, rows = config.num_heads, SPLATS.num_splats // 2
+    heads, rows = config.num_heads, FEATURES // 2
     below = (heads, rows - config.head_dim, config.head_dim)
     identity = jnp.broadcast_to(jnp.eye(config.head_dim), (heads, config.head_dim, config.head_dim))
     found = {}

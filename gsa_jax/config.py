@@ -118,7 +118,7 @@ class SplatConfig:
             value = getattr(self, name)
             column = value if isinstance(value, tuple) else (value,) * count
             if len(column) != count:
-                raise InputError(f"{name} = {list(column)}: has {len(column)} numbers for {count} layers with splats")
+                raise InputError(f"{name} = {list(column)}: give one number for each layer with splats, {count} in all")
             columns.append(column)
         layers = tuple(LayerSplats(*values) for values in zip(*columns, strict=True))
         if (0, 0, 0) in layers:
@@ -266,7 +266,7 @@ class GPTNeoConfig:
     def windows(self) -> tuple[Window, ...]:
         """Tokens that each layer attends to exactly, the query's own included; `"all"` for all of the past."""
         kinds: dict[str, Window] = {"global": "all", "local": self.window_size}
-        windows = [kinds[kind] for kind in self.attention_layers]
+        windows: list[Window] = [kinds[kind] for kind in self.attention_layers]
         for layer, splats in self.layer_splats.items():
             if splats.window != "all":
                 windows[layer] = splats.window
@@ -287,10 +287,10 @@ class GPTNeoConfig:
                 return self
             what = f"window = {window}" if kept is None else f"kept = {kept}"
             raise InputError(f"{what}: the model has no splats; attach and fit them first: gsa fit-init")
-        window = self.splats.window if window is None else window
-        if kept is None:
-            kept = 0 if window == "all" else self.splats.kept
-        return dataclasses.replace(self, splats=dataclasses.replace(self.splats, window=window, kept=kept))
+        change: dict[str, Window] = {} if window is None else {"window": window}
+        if kept is not None or window == "all":
+            change["kept"] = kept or 0
+        return dataclasses.replace(self, splats=dataclasses.replace(self.splats, **change))
 
     @property
     def head_dim(self) -> int:

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import importlib
 import itertools
+import json
+from typing import Any
 
 import chex
 import jax
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gsa_jax import GPTNeoForCausalLM, SplatConfig, generate, load
+from gsa_jax import GPTNeoForCausalLM, InputError, SplatConfig, generate, load
 from gsa_jax import generation as generation_module
+from gsa_jax.attention import state_bytes
 from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig
 from gsa_jax.ops.chunked import _SCHEDULES, Schedule
 from gsa_jax.parameters import build_model, named_parameters
@@ -31,11 +34,13 @@ MODES = {
     "all layers": SplatConfig(num_splats=3, window=5, layers="all"),
     "one local layer": SplatConfig(num_splats=3, window=5, layers=(0,)),
     "optional terms": SplatConfig(num_splats=3, window=6, **TERMS),
+    "kept": SplatConfig(num_splats=3, window=5, kept=4, layers="all", importance="learned", **TERMS),
+    "kept alone": SplatConfig(num_splats=0, window=5, kept=4),
     "attached": SplatConfig(num_splats=3),
 }
 
 
-COMMON = ("hybrid", "attached")
+COMMON = ("hybrid", "kept", "attached")
 ALL_MODES = [mode if mode in COMMON else pytest.param(mode, marks=pytest.mark.slow) for mode in MODES]
 
 
@@ -91,7 +96,7 @@ def test_prefill_and_decoding_equal_the_forward_pass(mode: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["optional terms", "pure", "hybrid"])
+@pytest.mark.parametrize("mode", ["optional terms", "pure", "hybrid", "kept"])
 def test_the_model_runs_through_the_definition(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits and gradients with the dense form of the op in place of the chunked one."""
     graphdef, params = nnx.split(splat_model(mode))
@@ -250,3 +255,48 @@ def test_a_window_without_splats_is_refused(run_gsa, story_neo, tmp_path) -> Non
 def test_options_of_splats_that_make_no_sense(run_gsa, story_neo, tmp_path, options, words) -> None:
     run_gsa("convert", story_neo, tmp_path / "out", *options).assert_refused(*words)
     assert not list(tmp_path.iterdir())
+
+
+def test_layers_may_differ() -> None:
+    """One number for all layers or one for each; what a layer has is what its parameters and its state have."""
+    numbers = {"num_splats": (3, 0), "window": (0, 4), "kept": (2, 5)}
+    splats = SplatConfig(**numbers, layers="all", norm_gain=True, importance="learned")
+    config = dataclasses.replace(splat_model("hybrid").config, splats=splats)
+    assert config.layer_splats == {0: (3, 0, 2), 1: (0, 4, 5)}
+    assert GPTNeoConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    model = GPTNeoForCausalLM(config, rngs=nnx.Rngs(0))
+    names = [
+        name.split(".", 2)[2].replace("attn.attention.", "") for name in named_parameters(model) if "splat" in name
+    ]
+    assert sorted(names) == [
+        "0.splat_centers", "0.splat_importance", "0.splat_log_scales", "0.splat_norm_gain", "1.splat_importance",
+    ]  # fmt: skip
+    ids, mask = padded(1, 30)
+    _, cache = model.prefill(ids, mask, 30)
+    sizes = [(state.z.shape[2], state.key.shape[2], state.kept_slot.shape[2]) for state in cache.layers]
+    assert sizes == [(3, 0, 2), (0, 4, 5)]
+    assert state_bytes(config) == sum(x.nbytes for x in jax.tree.leaves(cache.layers))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kept": -1}, "kept = -1: must be a whole number >= 0"),
+        ({"kept": (1, -1)}, "kept = -1: must be a whole number >= 0"),
+        ({"kept": 4, "window": "all"}, "no key leaves the window"),
+        ({"num_splats": (1, 2, 3)}, r"num_splats = \[1, 2, 3\]: give one number for each layer with splats, 1 in all"),
+        ({"num_splats": (1, 0), "window": (4, 0), "layers": "all"}, "leaves nothing to attend to"),
+        ({"importance": "recency"}, "must be 'norm' or 'learned'"),
+    ],
+)
+def test_what_layers_cannot_have(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        splats = dataclasses.replace(SplatConfig(num_splats=2, window=4), **change)
+        dataclasses.replace(splat_model("hybrid").config, splats=splats)
+
+
+def test_kept_keys_and_an_infinite_window(run_gsa, story_checkpoint) -> None:
+    run_gsa("generate", story_checkpoint, "--window", "all", "--kept", 4, "--prompt", "a").assert_refused(
+        "kept = 4 with window = 'all'"
+    )
+    assert load(story_checkpoint, window=16, kept=4).config.with_window("all").splats.kept == 0

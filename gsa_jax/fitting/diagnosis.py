@@ -143,7 +143,7 @@ def diagnose(
     config, tensors = load_tensors(folder)
     config = config.with_window(window, kept)
     input_ids, mask = calibration_tokens(Path(folder), Path(text), config, tokens)
-    pieces = load_tokenizer(folder).convert_ids_to_tokens
+    pieces: Any = load_tokenizer(folder).convert_ids_to_tokens
     words = [words_of(pieces(row[valid].tolist())) for row, valid in zip(input_ids, mask, strict=True)]
     return diagnose_model(build_model(config, tensors), input_ids, mask, words)
 
@@ -213,6 +213,7 @@ def _tokens_kept(
     splats: Splats, key: Float[Array, "T H D"], value: Float[Array, "T H D"], valid: Bool[Array, "T"], own: LayerSplats
 ) -> Int[Array, "H T"]:
     """For how many tokens each key of a row is kept."""
+    assert own.window != "all", "nothing is kept of an infinite window"
     slots = jnp.arange(len(valid))
     far = (slots[:, None] - slots >= own.window) & valid & valid[:, None]
     important = jax.vmap(importance, (0, 1, 1))(splats, key, value)

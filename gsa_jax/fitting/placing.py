@@ -201,21 +201,20 @@ def fit_layers(
             )
         seen, own = model.config.windows[layer], config.layer_splats[layer]
         rows = take_rows(sample, projected, attention_mask)
-        splats, heads = no_splats(config.num_heads, config.head_dim), []
+        clusters = jnp.zeros((config.num_heads, 0, config.head_dim)), jnp.zeros(config.num_heads)
         if own.num_splats:
             draws, starts = jax.random.split(jax.random.fold_in(jax.random.key(seed), layer))
             midpoints = attended_midpoints(draws, *projected[:2], attention_mask, seen=seen)[attention_mask]
             clusters = kmeans(starts, midpoints.swapaxes(0, 1), own.num_splats)
-            fit = functools.partial(_fit_layer, layer, rows, *clusters, seen, own, config.splats)
-            splats, heads = fit(None)
+        fit = functools.partial(_fit_layer, layer, rows, *clusters, seen, own, config.splats)
+        splats, heads = fit(None)
         importances: list[HeadImportance] = []
         if config.splats.importance == "learned":
             weights = None
             if own.kept and own.window != "all":
                 many = take_rows(sample_rows(attention_mask, seed + 1, _ROWS_TO_LEARN), projected, attention_mask)
                 weights, importances = fit_importance(layer, many, splats, window=own.window, kept=own.kept, seen=seen)
-                if own.num_splats:
-                    splats, heads = fit(weights)
+                splats, heads = fit(weights)
             norm = jnp.zeros((config.num_heads, 2 * config.head_dim + 1)).at[:, -1].set(1)
             splats = dataclasses.replace(splats, importance=norm if weights is None else weights)
         yield layer, splats, heads, importances
@@ -237,6 +236,8 @@ def _fit_layer(
         seen: what exact attention sees.
         weights: of the importance of keys; the norm if None.
     """
+    if not own.num_splats:
+        return no_splats(len(centers), centers.shape[-1]), []
     everything = far_keys(rows, None, 0, 0)
     far = everything if own.window == "all" else far_keys(rows, weights, own.window, own.kept)
 

@@ -124,8 +124,9 @@ def _keep_or_let_go(
     newest = jnp.where(taken, state.kept_slot, jnp.iinfo(jnp.int32).max)
     least = jnp.argmax(jnp.where(ranked == jnp.min(ranked), newest, -1))
     enters = valid & (~taken[least] | (own > state.kept_importance[least]))
-    going = state.kept_key[least], state.kept_value[least], taken[least]
-    going = tuple(jnp.where(enters, x, y) for x, y in zip(going, (key, value, valid), strict=True))
+    going_key = jnp.where(enters, state.kept_key[least], key)
+    going_value = jnp.where(enters, state.kept_value[least], value)
+    goes = jnp.where(enters, taken[least], valid)
     here = enters & (jnp.arange(len(taken)) == least)
     state = dataclasses.replace(
         state,
@@ -134,7 +135,7 @@ def _keep_or_let_go(
         kept_importance=jnp.where(here, own, state.kept_importance),
         kept_slot=jnp.where(here, slot, state.kept_slot),
     )
-    return state, going
+    return state, (going_key, going_value, goes)
 
 
 def _write(
