@@ -8,13 +8,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from gsa_jax.cli.base import Command, SplatCommand, describe, print_table, progress, status
+from gsa_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from gsa_jax.config import SplatConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,9 @@ class FitInit(SplatCommand):
     """UTF-8 file of documents to calibrate on."""
     seed: int = 0
     """Of the clustering and of the tokens that are looked at."""
+    state_budget: str | None = None
+    """Bytes that the splat layers may remember of one text, such as `500kB` or `1MB`: splats, windows and kept keys of
+    each layer are chosen for it."""
 
     def run(self) -> int:
         from gsa_jax.checkpoint import CONFIG_FILE
@@ -38,12 +46,14 @@ class FitInit(SplatCommand):
 
         started = time.perf_counter()
         refuse_existing(self.out)
-        stored = read_config(self.checkpoint / CONFIG_FILE)
+        splats = self.splat_config(default_splats(read_config(self.checkpoint / CONFIG_FILE)))
+        if self.state_budget is not None:
+            splats = self._spend(parse_bytes(self.state_budget), splats)
         report = fit_init(
             self.checkpoint,
             self.out,
             self.text,
-            splats=self.splat_config(default_splats(stored)),
+            splats=splats,
             seed=self.seed,
             progress=lambda layers: progress(layers, "fitting layers"),
         )
@@ -83,6 +93,61 @@ class FitInit(SplatCommand):
             )
         print(f"{report.tokens:,} tokens in {time.perf_counter() - started:.1f} s, compilation included")
         return 0
+
+    def _spend(self, budget: int, splats: SplatConfig | None) -> SplatConfig:
+        from gsa_jax.fitting.budget import spend
+
+        for name in ("num_splats", "window", "kept"):
+            if getattr(self, name) is not None:
+                raise InputError(f"--{name.replace('_', '-')} is what --state-budget chooses; leave one of the two out")
+        assert splats is not None, "there is a default"
+        found = spend(
+            self.checkpoint,
+            self.text,
+            budget,
+            splats=splats,
+            seed=self.seed,
+            progress=lambda steps: progress(steps, "spending the budget"),
+        )
+        print_table(
+            f"{sum(layer.bytes for layer in found.layers):,} of {budget:,} bytes; a layer's price is what an error of "
+            "its output of attention costs in nats per token",
+            ["layer", "price", "splats", "window", "kept", "bytes", "error"],
+            [
+                [
+                    f"{layer.layer}",
+                    f"{layer.price:.3f}",
+                    *(f"{number}" for number in layer.splats),
+                    f"{layer.bytes:,}",
+                    f"{layer.error:.2%}",
+                ]
+                for layer in found.layers
+            ],
+        )
+        print(
+            f"on text that nothing was chosen by, the loss rises by {found.rise:.4f} nats per token; with the best "
+            f"that is the same for all layers ({found.uniform.num_splats} splats, a window of {found.uniform.window}, "
+            f"{found.uniform.kept} kept keys) by {found.uniform_rise:.4f}"
+        )
+        if found.rise >= found.uniform_rise:
+            print("so the same for all layers is taken")
+        return found.splats
+
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes such as `500kB` or `1MiB`.
+
+    Raises:
+        InputError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text)
+    unit = _UNITS.get(match[2].lower() or "b") if match else None
+    if match is None or unit is None:
+        raise InputError(f"{text!r} is no number of bytes; write it as 500000, 500kB or 1MB")
+    return int(float(match[1]) * unit)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ class HeadImportance:
 
 def fit_importance(
     layer: int, rows: AttentionRows, splats: Splats, *, window: int, kept: int, seen: Window
-) -> tuple[Float[Array, "H 2*D+1"], list[HeadImportance]]:
+) -> tuple[Float[Array, "H F"], list[HeadImportance]]:
     """Weights of keys, values and squared norms for each head.
 
     The first half of the sequences says what would have been saved: for each key, the mean absolute error that
@@ -64,7 +64,7 @@ def fit_importance(
     exactly = exact_log_weights(training, seen=seen)
     beyond = far_keys(training, None, window, 0)
     error = jnp.where(beyond, jnp.abs(jnp.exp(exactly) - jnp.exp(splat_log_weights(training, splats, beyond)[0])), 0)
-    saved = jnp.sum(error, axis=2) / jnp.maximum(jnp.sum(beyond, axis=2), 1)
+    saved = jnp.sum(error, axis=2) / jnp.maximum(jnp.sum(beyond, axis=2), 1).astype(error.dtype)
     reached = np.asarray(jnp.any(beyond, axis=2))  # [N, H, T]
     weights = np.stack(
         [

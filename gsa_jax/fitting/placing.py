@@ -24,6 +24,7 @@ from gsa_jax.fitting.importance import HeadImportance, fit_importance
 from gsa_jax.fitting.kmeans import kmeans
 from gsa_jax.fitting.statistics import (
     AttentionRows,
+    Projections,
     attended_midpoints,
     calibration_tokens,
     dead_splats,
@@ -192,35 +193,50 @@ def fit_layers(
     Raises:
         InputError: there are fewer queries and keys than splats, or the model computes numbers that are not finite.
     """
-    assert config.splats is not None
-    sample = sample_rows(attention_mask, seed)
     for layer, projected in projections(model, input_ids, attention_mask, config.splat_layers):
-        if not all(np.isfinite(x[attention_mask]).all() for x in projected):
-            raise InputError(
-                f"layer {layer}: queries, keys or values are not finite; the checkpoint's weights are damaged"
-            )
-        seen, own = model.config.windows[layer], config.layer_splats[layer]
-        rows = take_rows(sample, projected, attention_mask)
-        clusters = jnp.zeros((config.num_heads, 0, config.head_dim)), jnp.zeros(config.num_heads)
-        if own.num_splats:
-            draws, starts = jax.random.split(jax.random.fold_in(jax.random.key(seed), layer))
-            midpoints = attended_midpoints(draws, *projected[:2], attention_mask, seen=seen)[attention_mask]
-            clusters = kmeans(starts, midpoints.swapaxes(0, 1), own.num_splats)
-        fit = functools.partial(_fit_layer, layer, rows, *clusters, seen, own, config.splats)
-        splats, heads = fit(None)
-        importances: list[HeadImportance] = []
-        if config.splats.importance == "learned":
-            weights = None
-            if own.kept and own.window != "all":
-                many = take_rows(sample_rows(attention_mask, seed + 1, _ROWS_TO_LEARN), projected, attention_mask)
-                weights, importances = fit_importance(layer, many, splats, window=own.window, kept=own.kept, seen=seen)
-                splats, heads = fit(weights)
-            norm = jnp.zeros((config.num_heads, 2 * config.head_dim + 1)).at[:, -1].set(1)
-            splats = dataclasses.replace(splats, importance=norm if weights is None else weights)
-        yield layer, splats, heads, importances
+        yield layer, *fit_layer(config, layer, projected, attention_mask, model.config.windows[layer], seed)
 
 
-def _fit_layer(
+def fit_layer(
+    config: GPTNeoConfig,
+    layer: int,
+    projected: Projections,
+    attention_mask: Bool[np.ndarray, "N T"],
+    seen: Window,
+    seed: int,
+) -> tuple[Splats, list[HeadFit], list[HeadImportance]]:
+    """Splats of one layer, and its reports.
+
+    Args:
+        seen: what exact attention sees there.
+
+    Raises:
+        InputError: as `fit_layers`.
+    """
+    assert config.splats is not None
+    if not all(np.isfinite(x[attention_mask]).all() for x in projected):
+        raise InputError(f"layer {layer}: queries, keys or values are not finite; the checkpoint's weights are damaged")
+    own = config.layer_splats[layer]
+    rows = take_rows(sample_rows(attention_mask, seed), projected, attention_mask)
+    clusters = jnp.zeros((config.num_heads, 0, config.head_dim)), jnp.zeros(config.num_heads)
+    if own.num_splats:
+        draws, starts = jax.random.split(jax.random.fold_in(jax.random.key(seed), layer))
+        midpoints = attended_midpoints(draws, *projected[:2], attention_mask, seen=seen)[attention_mask]
+        clusters = kmeans(starts, midpoints.swapaxes(0, 1), own.num_splats)
+    fit = functools.partial(_fit_terms, layer, rows, *clusters, seen, own, config.splats)
+    splats, heads = fit(None)
+    if config.splats.importance == "norm":
+        return splats, heads, []
+    weights = jnp.zeros((config.num_heads, 2 * config.head_dim + 1)).at[:, -1].set(1)
+    importances: list[HeadImportance] = []
+    if own.kept and own.window != "all":
+        many = take_rows(sample_rows(attention_mask, seed + 1, _ROWS_TO_LEARN), projected, attention_mask)
+        weights, importances = fit_importance(layer, many, splats, window=own.window, kept=own.kept, seen=seen)
+        splats, heads = fit(weights)
+    return dataclasses.replace(splats, importance=weights), heads, importances
+
+
+def _fit_terms(
     layer: int,
     rows: AttentionRows,
     centers: Float[Array, "H S D"],
@@ -228,7 +244,7 @@ def _fit_layer(
     seen: Window,
     own: LayerSplats,
     terms: SplatConfig,
-    weights: Float[Array, "H 2*D+1"] | None,
+    weights: Float[Array, "H F"] | None,
 ) -> tuple[Splats, list[HeadFit]]:
     """Scales and optional terms for centres.
 

@@ -197,7 +197,7 @@ class RowStatistics:
 @jax.jit
 def far_keys(
     rows: AttentionRows,
-    weights: Float[Array, "H 2*D+1"] | None,
+    weights: Float[Array, "H F"] | None,
     window: int | Int[Array, ""],
     kept: int | Int[Array, ""],
 ) -> Bool[Array, "N H R T"]:
@@ -223,11 +223,28 @@ def far_keys(
 @functools.partial(jax.jit, static_argnames="seen")
 def exact_log_weights(rows: AttentionRows, *, seen: Window) -> Float[Array, "N H R T"]:
     """Logarithms of the weights of exact attention that sees the last `seen` tokens."""
+    return jax.nn.log_softmax(near_scores(rows, seen=seen), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames="seen")
+def near_scores(rows: AttentionRows, *, seen: Window) -> Float[Array, "N H R T"]:
+    """Exact scores of the last `seen` tokens; -inf elsewhere."""
 
     def sequence(rows: AttentionRows) -> jax.Array:
         distance, causal = _distances(rows)
-        visible = causal if seen == "all" else causal & (distance < seen)
-        return jax.nn.log_softmax(jnp.where(visible, _near_scores(rows), -jnp.inf), axis=-1)
+        return jnp.where(causal if seen == "all" else causal & (distance < seen), _near_scores(rows), -jnp.inf)
+
+    return jax.lax.map(sequence, rows)
+
+
+@jax.jit
+def splat_scores(rows: AttentionRows, splats: Splats) -> Float[Array, "N H R T"]:
+    """Scores through splats of keys at any distance; -inf where there is no key, or there are no splats."""
+
+    def sequence(rows: AttentionRows) -> jax.Array:
+        query = jax.vmap(query_features, (0, 1))(splats, rows.query)
+        key = jax.vmap(key_features, (0, 1, None))(splats, rows.key, rows.valid)
+        return jax.nn.logsumexp(query[:, :, None, :] + key[:, None, :, :], axis=-1)
 
     return jax.lax.map(sequence, rows)
 

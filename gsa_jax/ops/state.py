@@ -44,8 +44,8 @@ class Splats:
         log_amplitudes: log(a_s); `None` means 0.
         norm_gain: beta, the weight of `|query|^2 + |key|^2` in the far score; `None` means 0.
         far_gain: lambda, added to each far score; `None` means 0.
-        importance: of a key that left the window: weights of the key, of its value, and of `|key|^2`, by which it is
-            decided which keys are kept; `None` means `|key|^2` alone. It has no gradient.
+        importance: F = 2 D + 1 weights of a key, of its value and of `|key|^2`, by which it is decided which keys are
+            kept; `None` means `|key|^2` alone. It has no gradient.
     """
 
     centers: Float[Array, "*H S D"]
@@ -53,7 +53,7 @@ class Splats:
     log_amplitudes: Float[Array, "*H S"] | None = None
     norm_gain: Float[Array, "*H"] | None = None
     far_gain: Float[Array, "*H"] | None = None
-    importance: Float[Array, "*H 2*D+1"] | None = None
+    importance: Float[Array, "*H F"] | None = None
 
     def complete(self, dtype: jax.typing.DTypeLike) -> Splats:
         """What the far score takes, in this dtype, with zeros in place of every `None`."""

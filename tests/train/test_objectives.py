@@ -19,7 +19,7 @@ from gsa_jax.parameters import build_model, expected_shapes, named_parameters
 from gsa_jax.train.config import OptimizerConfig
 from gsa_jax.train.objectives import output_error, prediction_divergence
 from gsa_jax.train.optimizer import make_optimizer
-from helpers.attention_oracle import head_splats, row_weights
+from helpers.attention_oracle import far_keys, head_splats, row_weights
 from helpers.hf_oracle import hf_model
 from helpers.tiny_models import random_ids, tiny_model
 
@@ -111,8 +111,9 @@ def by_definition(splats: dict[str, np.ndarray], seed: int, window: int, layers:
                 of_head = head_splats(splats, layer, head)
                 for row in range(value.shape[1]):
                     q, k, v = query[head, row], key[head, : row + 1], value[head, : row + 1]
-                    exact, _ = row_weights(q, k, window, seen, None)
-                    found, _ = row_weights(q, k, window, None, of_head)
+                    far = far_keys(k, window, kept=0)
+                    exact, _ = row_weights(q, k, far, seen, None)
+                    found, _ = row_weights(q, k, far, None, of_head)
                     outputs[:, head, row] = exact @ v, found @ v
             exact, found = outputs.swapaxes(1, 2).reshape(2, value.shape[1], -1) @ weights[prefix + "out_proj.weight"].T
             whole += np.sum((exact + weights[prefix + "out_proj.bias"]) ** 2)

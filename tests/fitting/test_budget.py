@@ -1,0 +1,90 @@
+"""A number of bytes that is spent over layers."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gsa_jax.attention import state_bytes
+from gsa_jax.checkpoint import load_tensors
+from gsa_jax.cli.fitting import parse_bytes
+from gsa_jax.config import SPLAT_PRESETS, LayerSplats
+from gsa_jax.convert import convert
+from gsa_jax.errors import InputError
+from gsa_jax.fitting import budget as module
+from gsa_jax.fitting.budget import cheapest, spend, with_choice
+from helpers.texts import STORIES
+
+TERMS = SPLAT_PRESETS["hybrid"]
+
+
+def test_the_cheapest_choice_is_the_best_of_all() -> None:
+    """Against every combination, tried one by one."""
+    draws = np.random.default_rng(0)
+    options = [LayerSplats(*numbers) for numbers in itertools.product((0, 2), (4, 8), (0, 4))]
+    sizes = {option: 10 * option.num_splats + 3 * option.window + 5 * option.kept for option in options}
+    costs = [{option: float(draws.random()) / (1 + sizes[option]) for option in options} for _ in range(3)]
+    for budget in (40, 75, 100, 160, 1000):
+        affordable = [
+            choice
+            for choice in itertools.product(options, repeat=3)
+            if sum(sizes[option] for option in choice) <= budget
+        ]
+        best = min(affordable, key=lambda choice: sum(of[x] for of, x in zip(costs, choice, strict=True)))
+        assert cheapest(costs, sizes, budget) == best
+
+
+@pytest.fixture(scope="module")
+def plain(story_neo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("budget") / "plain"
+    convert(story_neo, folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_more_bytes_cost_less_and_none_are_too_many(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SPLATS", (0, 8))
+    monkeypatch.setattr(module, "WINDOWS", (4, 16))
+    monkeypatch.setattr(module, "KEPT", (0, 16))
+    monkeypatch.setattr(module, "_PRICED", LayerSplats(8, 4, 0))
+    config, _ = load_tensors(plain)
+    rises = []
+    for budget in (40_000, 120_000):
+        found = spend(plain, STORIES, budget, splats=dataclasses.replace(TERMS, importance="learned"))
+        chosen = dataclasses.replace(config, splats=found.splats)
+        assert state_bytes(chosen) <= budget
+        assert [layer.layer for layer in found.layers] == [0, 2]
+        assert all(layer.price > 0 for layer in found.layers)
+        assert sum(layer.bytes for layer in found.layers) == state_bytes(
+            with_choice(config, TERMS, [layer.splats for layer in found.layers])
+        )
+        rises.append(min(found.rise, found.uniform_rise))
+    assert rises[1] < rises[0]
+
+
+def test_a_budget_that_is_too_small(plain: Path) -> None:
+    with pytest.raises(InputError, match="state budget = 9,999 bytes: too small for splats in 2 layers; give at least"):
+        spend(plain, STORIES, 9_999, splats=TERMS)
+
+
+def test_numbers_of_bytes() -> None:
+    assert [parse_bytes(text) for text in ("5000", "1.5kB", "2MB", "1 MiB", "3GB")] == [
+        5000,
+        1500,
+        2 * 10**6,
+        2**20,
+        3 * 10**9,
+    ]
+    for text in ("", "many", "-1", "1TB", "1e6"):
+        with pytest.raises(InputError, match="is no number of bytes; write it as 500000, 500kB or 1MB"):
+            parse_bytes(text)
+
+
+def test_the_command_refuses_numbers_beside_a_budget(run_gsa, plain: Path, tmp_path: Path) -> None:
+    run_gsa(
+        "fit-init", plain, tmp_path / "out", "--text", STORIES, "--state-budget", "1MB", "--window", 8
+    ).assert_refused("--window is what --state-budget chooses")
+    run_gsa("fit-init", plain, tmp_path / "out", "--text", STORIES, "--state-budget", "1kB").assert_refused("too small")
+    assert not list(tmp_path.iterdir())
