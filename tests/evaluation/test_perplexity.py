@@ -154,6 +154,10 @@ def test_arms_that_there_are_not_are_left_out(checkpoint: Path, evaluation: Eval
     }
     assert pure.gap_closed is None and pure.splats.window == 0
     assert len(pure.notes) == 1 and "window-only is left out" in pure.notes[0]
+
+
+@pytest.mark.slow
+def test_without_kept_keys_there_are_no_arms_about_them(checkpoint: Path, evaluation: Evaluation) -> None:
     plain = evaluate(checkpoint, STORIES, kept=0, context=CONTEXT)
     assert tuple(scores(plain)) == ("exact", "hybrid", "window-only", "none")
     assert scores(plain)["hybrid"] == scores(evaluation)["without-kept"]
