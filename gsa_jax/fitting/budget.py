@@ -245,7 +245,7 @@ def _layer_errors(
     """The error of a layer's output of attention for each option."""
     assert config.splats is not None
     seen = dataclasses.replace(config, splats=None).windows[layer]
-    sample = sample_rows(text.attention_mask, seed, _ROWS_PER_SEQUENCE)
+    sample = sample_rows(text.attention_mask, seed, per_sequence=_ROWS_PER_SEQUENCE)
     rows = take_rows(sample, projected, text.attention_mask)
     out_proj = jnp.asarray(weights[attention_tensor(layer, "out_proj.weight")], jnp.float32)
     exact = near_scores(rows, seen=seen)

@@ -127,7 +127,11 @@ class RowSample:
 
 
 def sample_rows(
-    attention_mask: Bool[np.ndarray, "N T"], seed: int, per_sequence: int = _ROWS_PER_SEQUENCE
+    attention_mask: Bool[np.ndarray, "N T"],
+    seed: int,
+    *,
+    sequences: int = _SEQUENCES,
+    per_sequence: int = _ROWS_PER_SEQUENCE,
 ) -> RowSample:
     """Draws tokens that have a token before them, from long sequences more often than from short ones.
 
@@ -139,10 +143,10 @@ def sample_rows(
     sizes = np.array([rows.size for rows in followers])
     if not sizes.any():
         raise InputError("no document holds two tokens; give longer text")
-    count = min(_SEQUENCES, np.count_nonzero(sizes))
-    sequences = np.sort(draws.choice(len(sizes), count, replace=False, p=sizes / sizes.sum()))
-    rows = [np.sort(draws.choice(followers[sequence], per_sequence)) for sequence in sequences]
-    return RowSample(sequences, np.stack(rows))
+    count = min(sequences, np.count_nonzero(sizes))
+    drawn = np.sort(draws.choice(len(sizes), count, replace=False, p=sizes / sizes.sum()))
+    rows = [np.sort(draws.choice(followers[sequence], per_sequence)) for sequence in drawn]
+    return RowSample(drawn, np.stack(rows))
 
 
 @no_type_check  # a pytree also holds shapes
