@@ -21,7 +21,8 @@ ORDER = [
     {"parameters", "files"},
     {"sharding", "loss", "sampling", "text"},
     {"checkpoint"},
-    {"generation", "fitting", "evaluation", "convert"},
+    {"generation", "evaluation", "convert"},
+    {"fitting"},
     {"train"},
     {"cli"},
 ]

@@ -58,7 +58,7 @@ _GAIN_RANGE = (-500.0, 500.0)
 _BISECTIONS = 24
 
 _TO_LEARN_FROM = {"sequences": 64, "per_sequence": 128}
-"""Rows from which it is learned what makes a key important. With a quarter of the sequences, the weights lose a third of
+"""Rows from which it is learned what makes a key important. With a quarter of the sequences, the weights lose half of
 what they gain over the norm."""
 
 
