@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import side_by_side
@@ -20,23 +20,28 @@ import tinystories_33m
 CONTEXTS = [1024, 8192, 65536]
 STEPS = 32
 CHUNK = 1024
-MODES: dict[str, int | Literal["all"]] = {"exact": "all", "hybrid, S = 64, W = 64": 64, "pure, S = 64, W = 0": 0}
+MODES: dict[str, dict[str, Any]] = {
+    "exact": {"window": "all"},
+    "hybrid, S = 64, W = 64": {"window": 64},
+    "hybrid, S = 64, W = 64, M = 32": {"window": 64, "kept": 32},
+    "pure, S = 64, W = 0": {"window": 0},
+}
 READ = "reading the context"
 
 
-def _model(window: int | Literal["all"], length: int) -> Any:
+def _model(mode: str, length: int) -> Any:
     import jax
     from flax import nnx
 
     from gsa_jax import GPTNeoConfig, GPTNeoForCausalLM, SplatConfig
 
     shape: dict[str, Any] = tinystories_33m.SHAPE | {"max_position_embeddings": length + STEPS}
-    config = GPTNeoConfig(**shape, splats=SplatConfig(num_splats=64, window=window))
+    config = GPTNeoConfig(**shape, splats=SplatConfig(num_splats=64, **MODES[mode]))
     build = jax.jit(lambda: nnx.split(GPTNeoForCausalLM(config, rngs=nnx.Rngs(0))))
     return nnx.merge(*build())
 
 
-def decode(window: int | Literal["all"], length: int) -> Callable[[], Any]:
+def decode(mode: str, length: int) -> Callable[[], Any]:
     """Greedy steps after a context; gives seconds per step, bytes of the cache, and of the compiled step's memory."""
     import jax
     import jax.numpy as jnp
@@ -44,7 +49,7 @@ def decode(window: int | Literal["all"], length: int) -> Callable[[], Any]:
 
     from gsa_jax.model import Cache
 
-    model = _model(window, length)
+    model = _model(mode, length)
     graphdef, params = nnx.split(model)
     ids = np.ones((1, 16), np.int32)
     shapes = jax.eval_shape(lambda: model.prefill(ids, ids > 0, length + STEPS)[1])
@@ -52,7 +57,12 @@ def decode(window: int | Literal["all"], length: int) -> Callable[[], Any]:
     def context() -> Cache:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         layers = tuple(
-            dataclasses.replace(layer, valid=jnp.ones_like(layer.valid), length=jnp.int32(length))
+            dataclasses.replace(
+                layer,
+                valid=jnp.ones_like(layer.valid),
+                kept_slot=jnp.zeros_like(layer.kept_slot),
+                length=jnp.int32(length),
+            )
             for layer in zeros.layers
         )
         return Cache(layers, jnp.full((1,), length, jnp.int32))
@@ -89,12 +99,12 @@ def decode(window: int | Literal["all"], length: int) -> Callable[[], Any]:
     return run
 
 
-def read(window: int | Literal["all"], length: int) -> Callable[[], Any]:
+def read(mode: str, length: int) -> Callable[[], Any]:
     """Prefill of the whole context in chunks."""
     import jax
     from flax import nnx
 
-    graphdef, params = nnx.split(_model(window, length))
+    graphdef, params = nnx.split(_model(mode, length))
     ids = np.random.default_rng(0).integers(0, 50257, (1, length), dtype=np.int32)
     mask = np.ones((1, CHUNK), bool)
     first = jax.jit(lambda params, ids: nnx.merge(graphdef, params).prefill(ids, mask, length + STEPS))
@@ -117,11 +127,9 @@ def main() -> None:
     arguments = parser.parse_args()
     entries = []
     for length in CONTEXTS:
-        contenders = {mode: (decode, (window, length)) for mode, window in MODES.items()}
+        contenders = {mode: (decode, (mode, length)) for mode in MODES}
         measured = side_by_side.measure(contenders, arguments.rounds, turn=1.0)
-        reading = side_by_side.measure(
-            {mode: (read, (window, length)) for mode, window in MODES.items() if window != "all"}, rounds=1
-        )
+        reading = side_by_side.measure({mode: (read, (mode, length)) for mode in MODES if mode != "exact"}, rounds=1)
         for mode, entry in measured.items():
             seconds = entry["median"] / STEPS
             prefill = reading[mode]["median"] if mode in reading else None

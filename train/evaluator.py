@@ -47,7 +47,7 @@ class Evaluator:
             return None
         record: Record = {"kind": "eval", "step": step, "documents": len(self._documents)}
         splats = self._model.splats
-        if splats is None or not splats.has_splats or splats.window == "all":
+        if splats is None or not (splats.has_splats or splats.keeps) or splats.window == "all":
             tokens = int(self._rows.attention_mask[:, 1:].sum())
             return record | {
                 "tokens": tokens,

@@ -32,6 +32,7 @@ _TOKENS_AT_ONCE = 4096
 
 NO_WINDOW = "window-only is left out: with a window of 0 it has nothing to attend to"
 NOTHING_KEPT = "without-splats and without-kept are left out: no keys are kept, so they are window-only and hybrid"
+NO_SPLATS = "without-splats and without-kept are left out: there are no splats, so they are hybrid and window-only"
 
 
 def load_arms(
@@ -84,7 +85,7 @@ def make_arms(config: GPTNeoConfig, tensors: Mapping[str, Any], reference: Arm |
             positions.
     """
     splats = config.splats
-    if splats is None or not splats.has_splats:
+    if splats is None or not (splats.has_splats or splats.keeps):
         raise InputError("the checkpoint has no splats to evaluate; attach and fit them first: gsa fit-init")
     if splats.window == "all":
         raise InputError("with a window of all tokens the splats are unused; give a number of tokens: --window W")
@@ -94,7 +95,7 @@ def make_arms(config: GPTNeoConfig, tensors: Mapping[str, Any], reference: Arm |
         _check_reference(reference[0], config)
         arms["exact"] = reference[0].with_window("all"), reference[1]
     arms["hybrid"] = config, tensors
-    if splats.keeps:
+    if splats.keeps and splats.has_splats:
         arms["without-splats"] = _with(config, tensors, num_splats=0)
         arms["without-kept"] = _with(config, tensors, kept=0)
     if not _lacks_window(config):
@@ -107,8 +108,12 @@ def make_arms(config: GPTNeoConfig, tensors: Mapping[str, Any], reference: Arm |
 def left_out(config: GPTNeoConfig) -> tuple[str, ...]:
     """Which arms a configuration does not have, and why."""
     assert config.splats is not None, "arms are of a model with splats"
-    notes = [] if config.splats.keeps else [NOTHING_KEPT]
-    return tuple([*notes, NO_WINDOW] if _lacks_window(config) else notes)
+    told = {
+        NOTHING_KEPT: not config.splats.keeps,
+        NO_SPLATS: not config.splats.has_splats,
+        NO_WINDOW: _lacks_window(config),
+    }
+    return tuple(note for note, is_so in told.items() if is_so)
 
 
 def _lacks_window(config: GPTNeoConfig) -> bool:

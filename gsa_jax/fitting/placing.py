@@ -149,7 +149,7 @@ def fit_init(
     stored, tensors = load_tensors(folder)
     config = dataclasses.replace(stored, splats=splats or default_splats(stored))
     assert config.splats is not None
-    if not config.splats.has_splats:
+    if not config.splats.has_splats and not (config.splats.keeps and config.splats.importance == "learned"):
         raise InputError("num_splats = 0 leaves nothing to fit; give at least one splat per head")
     input_ids, mask = calibration_tokens(folder, text, config, tokens)
     plain, kept = without_splats(config, tensors)

@@ -16,6 +16,7 @@ FACTORS = {
     "rows": (1, 2, 8),
     "window": (0, 16, 64, 256),
     "num_splats": (0, 2, 64, 128),
+    "kept": (0, 8, 32),
     "head_dim": (48, 64, 128),
     "machine": MACHINES,
     "direction": ("backward", "forward"),
@@ -40,6 +41,13 @@ def compile_case(machine, **settings):
 @pytest.mark.parametrize("machine", ["v4:1x1x1", "v5e:1x1", "v6e:1x1", "h100"])
 def test_the_smallest_gradient(machine):
     settings = {"rows": 2, "head_dim": 64, "num_splats": 2, "window": 16, "direction": "backward"}
+    compile_case(machine, **settings, dtype="bfloat16", masks="attention_mask")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("machine", ["v5e:1x1", "h100"])
+def test_the_smallest_gradient_with_kept_keys(machine):
+    settings = {"rows": 2, "head_dim": 64, "num_splats": 2, "window": 16, "kept": 8, "direction": "backward"}
     compile_case(machine, **settings, dtype="bfloat16", masks="attention_mask")
 
 

@@ -18,6 +18,7 @@ from gsa_jax.config import OPTIONAL_TERMS
 from gsa_jax.convert import convert
 from gsa_jax.evaluation.arms import ARMS, make_arms
 from gsa_jax.evaluation.perplexity import Evaluation, evaluate
+from gsa_jax.fitting.placing import fit_init
 from gsa_jax.parameters import build_model, expected_shapes
 from helpers.texts import STORIES
 from helpers.tiny_checkpoints import SHAPE, tiny_folder
@@ -163,6 +164,17 @@ def test_without_kept_keys_there_are_no_arms_about_them(checkpoint: Path, evalua
     assert scores(plain)["hybrid"] == scores(evaluation)["without-kept"]
     assert len(plain.notes) == 1 and "no keys are kept" in plain.notes[0]
     assert plain.state_bytes < evaluation.state_bytes
+
+
+@pytest.mark.slow
+def test_a_model_that_keeps_keys_and_has_no_splats(checkpoint: Path, evaluation: Evaluation, tmp_path: Path) -> None:
+    fit_init(
+        checkpoint, tmp_path / "kept", STORIES, splats=SplatConfig(num_splats=0, window=8, kept=4, importance="learned")
+    )
+    kept = evaluate(tmp_path / "kept", STORIES, context=CONTEXT)
+    assert tuple(scores(kept)) == ("exact", "hybrid", "window-only", "none")
+    assert len(kept.notes) == 1 and "there are no splats" in kept.notes[0]
+    assert scores(kept)["window-only"] == scores(evaluation)["window-only"] != scores(kept)["hybrid"]
 
 
 def test_what_each_part_does_given_the_other(evaluation: Evaluation) -> None:

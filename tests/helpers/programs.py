@@ -37,6 +37,7 @@ class OpCase:
     head_dim: int
     num_splats: int
     window: int
+    kept: int = 0
     masks: Literal["none", "attention_mask", "segment_ids"]
 
 
@@ -79,7 +80,7 @@ def lower_op(devices: list[Any], case: OpCase) -> Any:
     masks = {name: jax.ShapeDtypeStruct(tokens, dtype) for name, dtype in kinds[case.masks].items()}
 
     def forward(query: Any, key: Any, value: Any, splats: Splats, masks: Any) -> Any:
-        return splat_attention(query, key, value, splats, window=case.window, **masks)[0]
+        return splat_attention(query, key, value, splats, window=case.window, kept=case.kept, **masks)[0]
 
     def backward(query: Any, key: Any, value: Any, splats: Splats, masks: Any) -> Any:
         def total(*arguments: Any) -> Any:
