@@ -80,6 +80,7 @@ def test_statistics_are_those_of_float64_rows(diagnosed: Diagnosed, story_neo: P
         np.testing.assert_allclose(got.sigma, np.exp(np.mean(splats.log_scales)), rtol=1e-5)
 
 
+@pytest.mark.parity  # keys are PyTorch's
 def test_words_that_are_kept_are_those_of_the_longest_keys(diagnosed: Diagnosed, story_neo: Path) -> None:
     """Token by token: which keys a head keeps is told by their norms, and for how long by counting."""
     tokenizer = load_tokenizer(diagnosed.folder)
