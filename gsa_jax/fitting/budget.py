@@ -17,11 +17,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from gsa_jax.attention import state_bytes
 from gsa_jax.checkpoint import load_tensors
-from gsa_jax.config import GPTNeoConfig, LayerSplats, SplatConfig, Window
+from gsa_jax.config import GPTNeoConfig, LayerSplats, SplatConfig
 from gsa_jax.errors import InputError
 from gsa_jax.evaluation.perplexity import cross_entropy
 from gsa_jax.fitting.placing import fit_layer, fit_layers
@@ -263,6 +263,7 @@ def _layer_errors(
         far = splat_scores(rows, bare)
         for option in options:
             if option.num_splats == count:
+                assert option.window != "all", "what may be chosen is finite"
                 error = _error(rows, exact, near, far, importance, out_proj, option.window, option.kept)
                 errors[option] = float(error)
     return errors
@@ -276,8 +277,8 @@ def _error(
     far: Float[Array, "N H R T"],
     importance: Float[Array, "H F"] | None,
     out_proj: Float[Array, "E E"],
-    window: Window,
-    kept: int,
+    window: int | Int[Array, ""],
+    kept: int | Int[Array, ""],
 ) -> Float[Array, ""]:
     """Squared error of the layer's output of attention, relative to the output, at the far gain that `placing` takes.
 
@@ -296,7 +297,7 @@ def _error(
     def mass(weights: jax.Array) -> jax.Array:
         return jnp.mean(jnp.sum(jnp.where(through, weights, 0), axis=-1), axis=(0, 2))
 
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(_: int | jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = (low + high) / 2
         below = mass(weights(middle)) < mass(wanted)
