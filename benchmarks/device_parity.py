@@ -12,7 +12,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,8 +29,13 @@ from gsa_jax.train.loop import train
 from gsa_jax.train.metrics import Record
 from gsa_jax.train.objectives import cross_entropy
 
-MODES: dict[str, int | Literal["all"] | None] = {"exact": "all", "hybrid": None, "pure": 0}
-"""Windows of the splat layers; None is the checkpoint's own."""
+MODES: dict[str, dict[str, Any]] = {
+    "exact": {"window": "all"},
+    "hybrid": {"kept": 0},
+    "kept keys": {"kept": 32},
+    "pure": {"window": 0, "kept": 0},
+}
+"""Options of `gsa_jax.load` for the splat layers."""
 
 DTYPES = ("float32", "bfloat16")
 FLOAT32_LIMIT = 1e-4
@@ -92,7 +97,7 @@ def logits(bench: Bench) -> Iterator[Finding]:
 
     def compute(device: Device, mode: str, dtype: str) -> np.ndarray:
         with jax.default_device(device):
-            graphdef, params = nnx.split(gsa_jax.load(folder, dtype=dtype, window=MODES[mode]))
+            graphdef, params = nnx.split(gsa_jax.load(folder, dtype=dtype, **MODES[mode]))
             return np.asarray(_forward(graphdef, params, rows["ids"], rows["mask"]))[rows["mask"]]
 
     dtypes = {mode: DTYPES[:1] if bench.brief and mode != "hybrid" else DTYPES for mode in MODES}
@@ -125,7 +130,7 @@ def greedy_tokens(bench: Bench) -> Iterator[Finding]:
 
     def continuation(device: Device, mode: str) -> np.ndarray:
         with jax.default_device(device):
-            model = gsa_jax.load(folder, window=MODES[mode])
+            model = gsa_jax.load(folder, **MODES[mode])
             return gsa_jax.generate(model, prompts, max_new_tokens=new, eos_token_id=-1)
 
     cases = [(device, mode) for device in _devices(bench) for mode in MODES]
@@ -156,7 +161,7 @@ def _margin(bench: Bench, folder: Path, mode: str, before: list[int], length: in
     ids, mask = np.zeros((1, length), np.int32), np.arange(length)[None] < len(before)
     ids[0, : len(before)] = before
     with jax.default_device(bench.reference):
-        graphdef, params = nnx.split(gsa_jax.load(folder, window=MODES[mode]))
+        graphdef, params = nnx.split(gsa_jax.load(folder, **MODES[mode]))
         ranked = np.sort(np.asarray(_forward(graphdef, params, ids, mask))[0, len(before) - 1])
     return float(ranked[-1] - ranked[-2])
 

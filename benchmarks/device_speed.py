@@ -19,7 +19,7 @@ import numpy as np
 from device_bench import Bench, Finding, concurrently, normal, seconds_per_call
 
 import gsa_jax
-from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig, LayerSplats
+from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig, LayerSplats, SplatConfig
 from gsa_jax.parameters import POSITION_EMBEDDING, build_model, expected_shapes
 from gsa_jax.train.config import MODELS, MeshConfig, OptimizerConfig
 from gsa_jax.train.memory import memory_reports
@@ -82,14 +82,22 @@ def stated_flops(bench: Bench) -> float | None:
     return next((peak for kind, peak in PEAKS.items() if kind in bench.device.device_kind), None)
 
 
-def _model_config(bench: Bench, *, hybrid: bool) -> GPTNeoConfig:
+HYBRID = SPLAT_PRESETS["hybrid"]
+MODES: dict[str, SplatConfig | None] = {
+    "hybrid": dataclasses.replace(HYBRID, kept=0),
+    "hybrid, M = 32": dataclasses.replace(HYBRID, kept=32),
+    "exact": None,
+}
+
+
+def _model_config(bench: Bench, mode: str) -> GPTNeoConfig:
     config = MODELS["125M"]
     if not bench.accelerator:
         config = MODELS["story"]
     if bench.brief:
         config = dataclasses.replace(config, num_layers=1, attention_types=((("global",), 1),))
     dtype = "bfloat16" if bench.accelerator else "float32"
-    return dataclasses.replace(config, splats=SPLAT_PRESETS["hybrid"] if hybrid else None, dtype=dtype)
+    return dataclasses.replace(config, splats=MODES[mode], dtype=dtype)
 
 
 def _shape_name(bench: Bench) -> str:
@@ -118,8 +126,8 @@ def decoding(bench: Bench) -> Iterator[Finding]:
 
     models, state_bytes = {}, {}
     row = jax.ShapeDtypeStruct((1, prompt), jnp.int32)
-    for mode in ("hybrid", "exact"):
-        config = _model_config(bench, hybrid=mode == "hybrid")
+    for mode in MODES:
+        config = _model_config(bench, mode)
         draw = jax.jit(functools.partial(random_tensors, config))
         model = build_model(config, draw(jax.random.key(0)), param_dtype=config.dtype)
         cache = jax.eval_shape(lambda ids, model=model: model.prefill(ids, None, prompt + step * steps)[1], row)
@@ -177,7 +185,7 @@ def training(bench: Bench) -> Iterator[Finding]:
     mesh = MeshConfig(data=1).sizes(1)
 
     def prepare(mode: str) -> dict[str, Any]:
-        config = dataclasses.replace(_model_config(bench, hybrid=mode == "hybrid"), remat=bench.accelerator)
+        config = dataclasses.replace(_model_config(bench, mode), remat=bench.accelerator)
         objective = cross_entropy(functools.partial(build_model, config))
         limit = (bench.device.memory_stats() or {}).get("bytes_limit", 0)
         rows = 16 if bench.accelerator else 2
@@ -209,12 +217,11 @@ def training(bench: Bench) -> Iterator[Finding]:
             config=config, rows=rows, batch=batch, begin=jax.jit(begin), step=compiled, estimate=estimate, took=took
         )
 
-    modes = ("exact", "hybrid")
-    prepared = concurrently([functools.partial(prepare, mode) for mode in modes])
+    prepared = concurrently([functools.partial(prepare, mode) for mode in MODES])
     peak, source = stated_flops(bench), "stated by the maker"
     if peak is None:
         peak, source = measured_flops(bench.accelerator), "of a measured matrix product"
-    for mode, case in zip(modes, prepared, strict=True):
+    for mode, case in zip(MODES, prepared, strict=True):
         yield _training_speed(bench, mode, context=context, peak=peak, source=source, **case)
 
 

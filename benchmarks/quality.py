@@ -2,8 +2,9 @@
 
     python benchmarks/quality.py ROW --text TRAIN --eval-text VALID --out FOLDER
 
-runs the `gsa` commands of a row on the bundled model, prints each of them and what it found, and adds the row to
-benchmarks/results/quality.json. Commands whose result is there are not repeated; trainings go on where they stopped.
+runs the `gsa` commands of a row on the bundled model, or on that of the run that `--model` names, prints each of them
+and what it found, and adds the row to benchmarks/results/quality.json. Commands whose result is there are not repeated;
+trainings go on where they stopped.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ FINETUNE = "--batch-size 4 --optimizer.warmup-steps 20 --optimizer.learning-rate
 NO_TERMS = "--preset seed-phase1 --layers global"
 HARD = "--num-splats 64 --window 16"
 KEPT = "--kept 32 --importance learned"
+AGAIN = "--steps 400 --batch-size 4 --optimizer.warmup-steps 20 --optimizer.splat-learning-rate 0.01"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +37,20 @@ class Row:
 
     Attributes:
         attach: of `fit-init`; of `convert` if the row is to start from random splats.
+        again: of a second distillation, after importance is learned anew for what the first made of the splats.
         documents: of the held-out text, the first so many; all if None.
     """
 
     attach: str
     distill: str = DISTILL
+    again: str | None = None
     finetune_steps: int | None = 400
     random: bool = False
     documents: int | None = None
+
+
+def _kept(attach: str) -> Row:
+    return Row(f"{attach} {KEPT}", LONG, AGAIN, finetune_steps=800)
 
 
 def _ablation(attach: str = HARD, distill: str = SHORT, *, random: bool = False) -> Row:
@@ -50,11 +58,11 @@ def _ablation(attach: str = HARD, distill: str = SHORT, *, random: bool = False)
 
 
 ROWS = {
-    "kept-64": Row(f"--num-splats 64 --window 64 {KEPT}", LONG, finetune_steps=800),
-    "kept-16": Row(f"{HARD} {KEPT}", LONG, finetune_steps=800),
-    "kept-4": Row(f"--num-splats 64 --window 4 {KEPT}", LONG, finetune_steps=800),
-    "kept-0": Row(f"--num-splats 128 --window 0 {KEPT}", LONG, finetune_steps=800),
-    "kept-two": Row(f"--num-splats 2 --window 64 {KEPT}", LONG, finetune_steps=800),
+    "kept-64": _kept("--num-splats 64 --window 64"),
+    "kept-16": _kept(HARD),
+    "kept-4": _kept("--num-splats 64 --window 4"),
+    "kept-0": _kept("--num-splats 128 --window 0"),
+    "kept-two": _kept("--num-splats 2 --window 64"),
     "hybrid": Row("--num-splats 64 --window 64", LONG, finetune_steps=800),
     "hard": Row(HARD),
     "pure": Row("--num-splats 128 --window 0", LONG),
@@ -79,13 +87,14 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="training text")
     parser.add_argument("--eval-text", type=Path, required=True, help="held-out text")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and runs")
+    parser.add_argument("--model", type=Path, help="RUN/model of `gsa train`, instead of the bundled model")
     parser.add_argument("--seed", type=int, default=0, help="of centres, and of the order of the text")
     given = parser.parse_args()
     name = given.row if not given.seed else f"{given.row}, seed {given.seed}"
     row, folder, seed = ROWS[given.row], given.out / name.replace(", seed ", "-"), f"--seed {given.seed}"
     text, held_out = f"--text {given.text}", f"--text {given.eval_text}"
 
-    plain, fitted = given.out / "plain", folder / "fitted"
+    plain, fitted = given.model or given.out / "plain", folder / "fitted"
     make(plain, f"convert {MODEL} {plain}")
     if row.documents is not None:
         held_out += f" --max-documents {row.documents}"
@@ -94,6 +103,11 @@ def main() -> None:
     found = {"fitted": _scores(fitted, folder / "fitted.json", held_out)}
     distilled = train(folder / "distilled", f"distill {fitted}", f"{text} {row.distill} {seed}")
     found["distilled"] = _scores(distilled, folder / "distilled.json", held_out)
+    if row.again is not None:
+        anew = folder / "importance"
+        make(anew, f"fit-init {distilled} {anew} {text} --only-importance {seed}")
+        distilled = train(folder / "distilled-again", f"distill {anew}", f"{text} {row.again} {seed}")
+        found["distilled again"] = _scores(distilled, folder / "distilled-again.json", held_out)
     if row.finetune_steps is not None:
         # The control has the same tokens, the same objective and the same teacher.
         options = f"{text} --steps {row.finetune_steps} {FINETUNE} {seed}"
@@ -102,6 +116,7 @@ def main() -> None:
         tuned = train(folder / "finetuned", f"finetune {distilled}", options)
         found["finetuned"] = _scores(tuned, folder / "finetuned.json", f"{held_out} --reference {exact}")
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    name = f"{given.model.parent.name}: {name}" if given.model else name
     results[name] = {"options": dataclasses.asdict(row), **found}
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for stage, scores in found.items():

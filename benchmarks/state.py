@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,25 @@ DISTILL = "--steps 400 --batch-size 4 --optimizer.warmup-steps 20 --optimizer.sp
 NEAR = 16
 """Window beside splats alone or kept keys alone: the least that the first layer's heads need."""
 
-SPLATS, KEPT, MIX = f"splats, window {NEAR}", f"kept keys, window {NEAR}", "best mix"
+SPLATS, KEPT, MIX = f"splats, window {NEAR}", f"kept keys, window {NEAR}", "chosen by layer"
+SHARES = ((2, 2, 1), (1, 2, 2), (1, 1, 2))
+"""Splats, window and kept keys in these proportions, in every layer."""
 WAYS: dict[str, Callable[[int], dict[str, Any]]] = {
     "window": lambda n: {"num_splats": 0, "window": n},
     SPLATS: lambda n: {"num_splats": n, "window": NEAR},
     KEPT: lambda n: {"num_splats": 0, "window": NEAR, "kept": n, "importance": "learned"},
+} | {
+    f"S : W : M = {s} : {w} : {m}": lambda n, s=s, w=w, m=m: {
+        "num_splats": s * n,
+        "window": w * n,
+        "kept": m * n,
+        "importance": "learned",
+    }
+    for s, w, m in SHARES
 }
-ARMS = {"window": "window-only", KEPT: "without-splats", SPLATS: "hybrid", MIX: "hybrid"}
-MARKERS = {"window": "s", SPLATS: "^", KEPT: "v", MIX: "o"}
+ARMS = {"window": "window-only", KEPT: "without-splats"}
+"""The arm of an evaluation that spends as a way says, where it is not the hybrid."""
+MARKERS = "s^vxd*o"
 EXACT = (512, 2048)
 """Tokens of which exact attention's own bytes are shown."""
 
@@ -58,7 +70,7 @@ def main() -> None:
     results: dict[str, Any] = {"exact": {f"{n}": exact_bytes(config, n) for n in EXACT}, "ways": {}}
     for way in [*WAYS, MIX]:
         for budget in BUDGETS:
-            folder = given.out / f"{way.replace(', ', '-').replace(' ', '-')}-{budget}"
+            folder = given.out / f"{re.sub(r'[^a-zA-Z0-9]+', '-', way)}-{budget}"
             found = score(given, plain, folder, way, options(config, way, budget))
             if way != MIX:
                 found["bytes"] = bytes_of(config, most(config, way, budget))
@@ -75,7 +87,7 @@ def score(given: argparse.Namespace, plain: Path, folder: Path, way: str, attach
     found: dict[str, Any] = {}
     stages = {"fitted": fitted}
     splats = read_config(fitted / "config.json").splats
-    if ARMS[way] == "hybrid" and splats is not None and splats.has_splats:
+    if way not in ARMS and splats is not None and splats.has_splats:
         options = f"--text {given.text} {DISTILL}"
         stages["distilled"] = train(folder / "distilled", f"distill {fitted}", options)
     for stage, checkpoint in stages.items():
@@ -83,7 +95,7 @@ def score(given: argparse.Namespace, plain: Path, folder: Path, way: str, attach
         make(out, f"eval {checkpoint} --json {out} --text {given.eval_text} --max-documents {DOCUMENTS}")
         values = json.loads(out.read_text(encoding="utf-8"))
         found |= {"splats": values["splats"], "bytes": values["state_bytes"], "tokens": values["tokens"]}
-        found[stage] = next(arm["perplexity_ratio"] for arm in values["arms"] if arm["name"] == ARMS[way])
+        found[stage] = next(arm["perplexity_ratio"] for arm in values["arms"] if arm["name"] == ARMS.get(way, "hybrid"))
     return found
 
 
@@ -119,11 +131,11 @@ def draw(results: dict[str, Any]) -> None:
     """The cost of each way over its bytes."""
     plt.rcParams["svg.fonttype"] = "none"
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for way, entries in results["ways"].items():
+    for (way, entries), marker in zip(results["ways"].items(), MARKERS, strict=True):
         best = [entry.get("distilled", entry["fitted"]) for entry in entries]
         low, high = ([max(x["interval"][n] - 1, 1e-5) for x in best] for n in (0, 1))
         sizes = [entry["bytes"] / 1e3 for entry in entries]
-        axes.plot(sizes, [x["value"] - 1 for x in best], marker=MARKERS[way], label=way)
+        axes.plot(sizes, [x["value"] - 1 for x in best], marker=marker, label=way)
         axes.fill_between(sizes, low, high, alpha=0.15)
     for tokens, size in results["exact"].items():
         axes.axvline(size / 1e3, color="grey", linestyle=":")

@@ -38,18 +38,25 @@ class FitInit(SplatCommand):
     """Bytes that the splat layers may remember of one text, such as `500kB` or `1MB`: splats, windows and kept keys of
     each layer are chosen for it."""
 
+    only_importance: bool = False
+    """Leave the splats as they are, and learn for them what makes a key important; after a distillation, say."""
+
     def run(self) -> int:
         from gsa_jax.checkpoint import CONFIG_FILE
         from gsa_jax.config import read_config
         from gsa_jax.files import refuse_existing
-        from gsa_jax.fitting.placing import default_splats, fit_init
+        from gsa_jax.fitting.placing import default_splats, fit_importance_anew, fit_init
 
+        if self.only_importance and self.state_budget is not None:
+            raise InputError(
+                "--only-importance keeps the splats that --state-budget would choose; leave one of them out"
+            )
         started = time.perf_counter()
         refuse_existing(self.out)
         splats = self.splat_config(default_splats(read_config(self.checkpoint / CONFIG_FILE)))
         if self.state_budget is not None:
             splats = self._spend(parse_bytes(self.state_budget), splats)
-        report = fit_init(
+        report = (fit_importance_anew if self.only_importance else fit_init)(
             self.checkpoint,
             self.out,
             self.text,
@@ -57,23 +64,24 @@ class FitInit(SplatCommand):
             seed=self.seed,
             progress=lambda layers: progress(layers, "fitting layers"),
         )
-        print_table(
-            f"{self.checkpoint} -> {self.out}",
-            ["layer", "head", "sigma", "far gain", "entropy: exact", "splats", "splats in use", "dead splats"],
-            [
+        if report.heads:
+            print_table(
+                f"{self.checkpoint} -> {self.out}",
+                ["layer", "head", "sigma", "far gain", "entropy: exact", "splats", "splats in use", "dead splats"],
                 [
-                    f"{head.layer}",
-                    f"{head.head}",
-                    f"{head.sigma:.3f}",
-                    "" if head.far_gain is None else f"{head.far_gain:.2f}",
-                    f"{head.teacher_entropy:.3f}",
-                    f"{head.entropy:.3f}",
-                    f"{head.usage:.1f}",
-                    f"{head.dead_splats}",
-                ]
-                for head in report.heads
-            ],
-        )
+                    [
+                        f"{head.layer}",
+                        f"{head.head}",
+                        f"{head.sigma:.3f}",
+                        "" if head.far_gain is None else f"{head.far_gain:.2f}",
+                        f"{head.teacher_entropy:.3f}",
+                        f"{head.entropy:.3f}",
+                        f"{head.usage:.1f}",
+                        f"{head.dead_splats}",
+                    ]
+                    for head in report.heads
+                ],
+            )
         if report.importances:
             print_table(
                 "what makes a key one to keep: share of the weight that is misplaced, on held-out rows",

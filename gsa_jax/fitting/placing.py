@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from gsa_jax.attention import GSASelfAttention
 from gsa_jax.checkpoint import REPORT_FILE, load_tensors, save, tokenizer_files
 from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig, LayerSplats, SplatConfig, Window
 from gsa_jax.errors import InputError
@@ -165,12 +166,86 @@ def fit_init(
                 fitted[attention_tensor(layer, f"splat_{term.name}")] = np.asarray(array)
         heads.extend(layer_heads)
         importances.extend(layer_importances)
+    return _saved(folder, out, text, config, kept, fitted, mask, seed, heads, importances)
+
+
+def _saved(
+    folder: Path,
+    out: Path,
+    text: Path,
+    config: GPTNeoConfig,
+    weights: dict[str, np.ndarray],
+    fitted: dict[str, np.ndarray],
+    mask: Bool[np.ndarray, "N T"],
+    seed: int,
+    heads: list[HeadFit],
+    importances: list[HeadImportance],
+) -> FitReport:
+    """The report, written with the checkpoint."""
+    assert config.splats is not None
     fitted = {name: fitted[name] for name in expected_shapes(config) if is_splat(name)}
     report = FitReport(text.name, int(mask.sum()), seed, config.splats, tuple(heads), tuple(importances))
     conversion = [folder / REPORT_FILE] if (folder / REPORT_FILE).is_file() else []
     reports = {FIT_REPORT_FILE: dataclasses.asdict(report)}
-    save(out, config, kept | fitted, copied=[*tokenizer_files(folder), *conversion], reports=reports)
+    save(out, config, weights | fitted, copied=[*tokenizer_files(folder), *conversion], reports=reports)
     return report
+
+
+def fit_importance_anew(
+    folder: str | Path,
+    out: str | Path,
+    text: str | Path,
+    *,
+    splats: SplatConfig | None = None,
+    seed: int = 0,
+    tokens: int = 32768,
+    progress: Progress = iter,
+) -> FitReport:
+    """Writes a checkpoint with the splats of another, and with importance learned for them; all or nothing.
+
+    Worth it after a distillation: what keeping a key saves is what the splats get wrong, and trained ones get other
+    keys wrong than those that importance was learned for.
+
+    Args:
+        folder: a checkpoint with splats.
+        out, text, seed, tokens, progress: as in `fit_init`.
+        splats: what the checkpoint has, save for another window or another number of kept keys; as it has if None.
+
+    Raises:
+        InputError: as `fit_init`; or the checkpoint has no splats, keeps no keys, or has others than `splats` says.
+    """
+    folder, out, text = Path(folder), Path(out), Path(text)
+    refuse_existing(out)
+    stored, tensors = load_tensors(folder)
+    splats = splats or stored.splats
+    if splats is None or stored.splats is None:
+        raise InputError(f"{folder}: has no splats; attach and fit them first: gsa fit-init")
+    if not splats.keeps:
+        raise InputError(f"{folder}: keeps no keys, so none is important; say how many with --kept")
+    splats = dataclasses.replace(splats, importance="learned")
+    config = dataclasses.replace(stored, splats=splats)
+    if dataclasses.replace(splats, window=0, kept=1, importance="norm") != dataclasses.replace(
+        stored.splats, window=0, kept=1, importance="norm"
+    ):
+        raise InputError(f"{folder}: has other splats than asked for, and only importance is to be fitted")
+    input_ids, mask = calibration_tokens(folder, text, config, tokens)
+    plain, weights = without_splats(stored, tensors)
+    trained = build_model(stored, tensors).transformer.h
+    fitted = {name: tensor for name, tensor in tensors.items() if is_splat(name)}
+    importances: list[HeadImportance] = []
+    layers = projections(build_model(plain, weights), input_ids, mask, config.splat_layers)
+    for _ in progress([f"layer {layer}" for layer in config.splat_layers]):
+        layer, projected = next(layers)
+        attention = trained[layer].attn.attention
+        there = (
+            attention.splats
+            if isinstance(attention, GSASelfAttention)
+            else no_splats(config.num_heads, config.head_dim)
+        )
+        found, of_layer = _learned(config, layer, projected, mask, there, plain.windows[layer], seed)
+        fitted[attention_tensor(layer, "splat_importance")] = np.asarray(found)
+        importances.extend(of_layer)
+    return _saved(folder, out, text, config, weights, fitted, mask, seed, [], importances)
 
 
 def default_splats(config: GPTNeoConfig) -> SplatConfig:
@@ -228,13 +303,27 @@ def fit_layer(
     splats, heads = fit(None)
     if config.splats.importance == "norm":
         return splats, heads, []
-    weights = jnp.zeros((config.num_heads, 2 * config.head_dim + 1)).at[:, -1].set(1)
-    importances: list[HeadImportance] = []
-    if own.kept and own.window != "all":
-        many = take_rows(sample_rows(attention_mask, seed + 1, **_TO_LEARN_FROM), projected, attention_mask)
-        weights, importances = fit_importance(layer, many, splats, window=own.window, kept=own.kept, seen=seen)
+    weights, importances = _learned(config, layer, projected, attention_mask, splats, seen, seed)
+    if importances:
         splats, heads = fit(weights)
     return dataclasses.replace(splats, importance=weights), heads, importances
+
+
+def _learned(
+    config: GPTNeoConfig,
+    layer: int,
+    projected: Projections,
+    attention_mask: Bool[np.ndarray, "N T"],
+    splats: Splats,
+    seen: Window,
+    seed: int,
+) -> tuple[Float[Array, "H F"], list[HeadImportance]]:
+    """Weights of importance; those of the norm, and no reports, where no key is kept."""
+    own = config.layer_splats[layer]
+    if not own.kept or own.window == "all":
+        return jnp.zeros((config.num_heads, 2 * config.head_dim + 1)).at[:, -1].set(1), []
+    many = take_rows(sample_rows(attention_mask, seed + 1, **_TO_LEARN_FROM), projected, attention_mask)
+    return fit_importance(layer, many, splats, window=own.window, kept=own.kept, seen=seen)
 
 
 def _fit_terms(

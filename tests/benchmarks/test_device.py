@@ -95,7 +95,7 @@ def loaded(folder, **choices):
         weight.set_value(weight[...] * factor)
     return model
 device_parity.gsa_jax.load = loaded
-device_parity.MODES = {"hybrid": None}
+device_parity.MODES = {"hybrid": {}}
 def on_second(part):
     return lambda bench: part(device.dataclasses.replace(bench, device=jax.devices()[1]))
 names = ("logits", "greedy tokens", "gradients")
@@ -125,8 +125,8 @@ def test_on_a_cpu_every_part_has_its_say_and_the_cpu_agrees_with_itself(tmp_path
     for name in ("logits", "greedy tokens", "gradients", "resume"):
         assert verdicts[name] and all(verdicts[name])
     assert any(finding.get("ratio") for finding in parts["operation"]["findings"])
-    assert len(parts["decoding"]["findings"]) == 4
-    assert [finding["utilisation"] > 0 for finding in parts["training"]["findings"]] == [True, True]
+    assert len(parts["decoding"]["findings"]) == 6
+    assert [finding["utilisation"] > 0 for finding in parts["training"]["findings"]] == [True] * 3
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ from gsa_jax.config import SplatConfig
 from gsa_jax.convert import convert
 from gsa_jax.errors import InputError
 from gsa_jax.fitting.kmeans import _lloyd_step, kmeans
-from gsa_jax.fitting.placing import ENTROPY_BAND, FIT_REPORT_FILE, FitReport, fit_init
+from gsa_jax.fitting.placing import ENTROPY_BAND, FIT_REPORT_FILE, FitReport, fit_importance_anew, fit_init
 from gsa_jax.fitting.statistics import RowSample, attended_midpoints, calibration_tokens, projections, sample_rows
-from gsa_jax.parameters import build_model, without_splats
+from gsa_jax.parameters import attention_tensor, build_model, without_splats
 from helpers.attention_oracle import head_splats, head_statistics, hf_queries_and_keys
 from helpers.bits import assert_same_tensors
 from helpers.texts import STORIES
@@ -204,6 +204,47 @@ def test_same_seed_same_bits_other_seed_other_splats(fitted: Fitted, tmp_path: P
     fit_init(fitted.folder, tmp_path / "other", STORIES, seed=SEED + 1)
     name = "transformer.h.0.attn.attention.splat_centers"
     assert not np.array_equal(load_tensors(tmp_path / "other")[1][name], fitted.tensors[name])
+
+
+@pytest.mark.slow
+def test_importance_alone_is_learned_for_the_splats_that_are_there(plain: Path, tmp_path: Path) -> None:
+    """Splats of another seed than the importance: the same as if both had been fitted with either, and nothing else
+    changes. Another number of kept keys may be asked for, other splats may not."""
+    splats = dataclasses.replace(SPLATS, layers=(0,), importance="learned")
+    by_norm = fit_init(plain, tmp_path / "norm", STORIES, splats=dataclasses.replace(splats, importance="norm"))
+    report = fit_importance_anew(tmp_path / "norm", tmp_path / "anew", STORIES)
+    assert (report.splats, report.heads, report.tokens) == (splats, (), by_norm.tokens)
+    config, tensors = load_tensors(tmp_path / "anew")
+    assert config.splats == splats
+    name = attention_tensor(0, "splat_importance")
+    weights = tensors.pop(name)
+    assert_same_tensors(tensors, load_tensors(tmp_path / "norm")[1])
+
+    at_once = fit_init(plain, tmp_path / "at-once", STORIES, splats=dataclasses.replace(splats, far_gain=False))
+    assert [head.nothing_kept for head in report.importances] != [head.nothing_kept for head in at_once.importances]
+    again = fit_importance_anew(tmp_path / "at-once", tmp_path / "again", STORIES)
+    assert again.importances == at_once.importances  # with the splats that it was first learned for
+    np.testing.assert_array_equal(
+        load_tensors(tmp_path / "again")[1][name], load_tensors(tmp_path / "at-once")[1][name]
+    )
+
+    fewer = fit_importance_anew(
+        tmp_path / "anew", tmp_path / "fewer", STORIES, splats=dataclasses.replace(splats, kept=2)
+    )
+    assert [head.nothing_kept for head in fewer.importances] == [head.nothing_kept for head in report.importances]
+    assert all(a.norm > b.norm for a, b in zip(fewer.importances, report.importances, strict=True))
+    np.testing.assert_array_equal(load_tensors(tmp_path / "fewer")[1][name], weights)
+
+    before = files_under(tmp_path)
+    for folder, asked, words in (
+        (plain, None, "has no splats"),
+        (tmp_path / "anew", dataclasses.replace(splats, kept=0), "--kept"),
+        (tmp_path / "anew", dataclasses.replace(splats, num_splats=3), "other splats"),
+    ):
+        with pytest.raises(InputError, match=words) as refused:
+            fit_importance_anew(folder, tmp_path / "out", STORIES, splats=asked)
+        assert "\n" not in str(refused.value)
+    assert files_under(tmp_path) == before
 
 
 @pytest.mark.parametrize(
