@@ -2,11 +2,11 @@
 
     python benchmarks/passkey.py --text TRAIN --eval-text VALID --out FOLDER
 
-The bundled model cannot say a number that it was told. So it is taught: fine-tuned, exact, on stories in which a number
-is told once and asked for at the end, in the words of `gsa_jax.evaluation.passkey`, first short ones, then longer ones,
-and with its positions interpolated to four times as many, ones as long as these. It is 17 million tokens of lessons, an
-hour or more on two CPU cores. Then splats are fitted and distilled for it, without and with kept keys, and asked at 1, 2
-and 4 times the length that the model came with.
+The bundled model cannot say a number that it was told. So it is taught: fine-tuned, exact, on stories in which a
+number is told once and asked for at the end, in the words of `gsa_jax.evaluation.passkey`, first short ones, then
+longer ones, and with its positions interpolated to four times as many, ones as long as these. It is 17 million tokens
+of lessons, an hour or more on two CPU cores. Then splats are fitted and distilled for it, without and with kept keys,
+and asked at 1, 2 and 4 times the length that the model came with.
 Writes benchmarks/results/passkey.json; commands whose result is there are not repeated.
 
 May be changed here: the lessons, and which splats are fitted.
