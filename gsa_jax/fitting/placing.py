@@ -198,17 +198,18 @@ def fit_importance_anew(
     *,
     splats: SplatConfig | None = None,
     seed: int = 0,
-    tokens: int = 32768,
+    tokens: int = 131072,
     progress: Progress = iter,
 ) -> FitReport:
     """Writes a checkpoint with the splats of another, and with importance learned for them; all or nothing.
 
     Worth it after a distillation: what keeping a key saves is what the splats get wrong, and trained ones get other
-    keys wrong than those that importance was learned for.
+    keys wrong than those that importance was learned for. After a fine-tuning, the keys themselves are other ones.
 
     Args:
         folder: a checkpoint with splats.
-        out, text, seed, tokens, progress: as in `fit_init`.
+        out, text, seed, progress: as in `fit_init`.
+        tokens: as in `fit_init`, but more of them, because long rows say the most and are few.
         splats: what the checkpoint has, save for another window or another number of kept keys; as it has if None.
 
     Raises:
