@@ -204,7 +204,7 @@ def fit_importance_anew(
     """Writes a checkpoint with the splats of another, and with importance learned for them; all or nothing.
 
     Worth it after a distillation: what keeping a key saves is what the splats get wrong, and trained ones get other
-    keys wrong than those that importance was learned for. After a fine-tuning, the keys themselves are other ones.
+    keys wrong than those that importance was learned for.
 
     Args:
         folder: a checkpoint with splats.
