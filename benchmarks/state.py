@@ -28,7 +28,7 @@ from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig, SplatConfig, read_config
 
 RESULTS = Path(__file__).parent / "results" / "state.json"
 FIGURE = Path(__file__).parents[1] / "docs" / "state.svg"
-BUDGETS = (125_000, 250_000, 500_000)
+BUDGETS = (500_000, 250_000, 125_000)
 DOCUMENTS = 100
 DISTILL = "--steps 400 --batch-size 4 --optimizer.warmup-steps 20 --optimizer.splat-learning-rate 0.02"
 NEAR = 16
@@ -74,8 +74,8 @@ def main() -> None:
     make(plain, f"convert {MODEL} {plain}")
     config = read_config(MODEL / "config.json")
     results: dict[str, Any] = {"exact": {f"{n}": exact_bytes(config, n) for n in EXACT}, "ways": {}}
-    for way in [*WAYS, MIX]:
-        for budget in BUDGETS:
+    for budget in BUDGETS:
+        for way in [*WAYS, MIX]:
             folder = given.out / f"{re.sub(r'[^a-zA-Z0-9]+', '-', way)}-{budget}"
             found = score(given, plain, folder, way, options(config, way, budget))
             if way != MIX:
