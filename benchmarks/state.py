@@ -35,7 +35,7 @@ NEAR = 16
 """Window beside splats alone or kept keys alone: the least that the first layer's heads need."""
 
 SPLATS, KEPT, MIX = f"splats, window {NEAR}", f"kept keys, window {NEAR}", "chosen by layer"
-SHARES = ((2, 2, 1), (1, 4, 2), (0, 4, 1))
+SHARES = ((2, 2, 1), (1, 4, 2), (1, 2, 4), (0, 4, 1))
 """Splats, window and kept keys in these proportions, in every layer."""
 
 
@@ -58,7 +58,7 @@ WAYS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 ARMS = {"window": "window-only", KEPT: "without-splats", _name(0, 4, 1): "without-splats"}
 """The arm of an evaluation that spends as a way says, where it is not the hybrid."""
-MARKERS = "s^vxd*o"
+MARKERS = "s^vxd*Po"
 EXACT = (512, 2048)
 """Tokens of which exact attention's own bytes are shown."""
 
