@@ -37,7 +37,7 @@ TOLD = 8
 LENGTH = "--context 2048 --batch-size 2 --optimizer.warmup-steps 20"
 FINETUNE = f"--max-positions 2048 {LENGTH} --steps 300 --optimizer.learning-rate 1e-3"
 FITS = {
-    "S = 64, W = 64": "--num-splats 64 --window 64",
+    "S = 64, W = 64": "--num-splats 64 --window 64 --kept 0 --importance norm",
     "S = 64, W = 64, M = 32": "--num-splats 64 --window 64 --kept 32 --importance learned",
 }
 DISTILL = f"{LENGTH} --steps 150 --optimizer.splat-learning-rate 0.02"

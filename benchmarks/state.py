@@ -44,8 +44,8 @@ def _name(splats: int, window: int, kept: int) -> str:
 
 
 WAYS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "window": lambda n: {"num_splats": 0, "window": n},
-    SPLATS: lambda n: {"num_splats": n, "window": NEAR},
+    "window": lambda n: {"num_splats": 0, "window": n, "kept": 0, "importance": "norm"},
+    SPLATS: lambda n: {"num_splats": n, "window": NEAR, "kept": 0, "importance": "norm"},
     KEPT: lambda n: {"num_splats": 0, "window": NEAR, "kept": n, "importance": "learned"},
 } | {
     _name(s, w, m): lambda n, s=s, w=w, m=m: {
