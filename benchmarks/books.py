@@ -38,7 +38,8 @@ LENGTH = "--context 2048 --batch-size 2 --optimizer.warmup-steps 20"
 FINETUNE = f"--max-positions 2048 {LENGTH} --steps 300 --optimizer.learning-rate 1e-3"
 FITS = {
     "S = 64, W = 64": "--num-splats 64 --window 64 --kept 0 --importance norm",
-    "S = 64, W = 64, M = 32": "--num-splats 64 --window 64 --kept 32 --importance learned",
+    "S = 32, W = 64, M = 64": "--num-splats 32 --window 64 --kept 64 --importance learned",
+    "W = 32, M = 128": "--num-splats 0 --window 32 --kept 128 --importance learned",
 }
 DISTILL = f"{LENGTH} --steps 150 --optimizer.splat-learning-rate 0.02"
 
@@ -70,7 +71,9 @@ def main() -> None:
     for fit, attach in FITS.items():
         folder = given.out / re.sub(r"\W+", "-", fit)
         make(folder / "fitted", f"fit-init {exact} {folder / 'fitted'} --text {told} {attach}")
-        splats = train(folder / "distilled", f"distill {folder / 'fitted'}", f"--text {told} {DISTILL}")
+        splats = folder / "fitted"
+        if "S" in fit:
+            splats = train(folder / "distilled", f"distill {splats}", f"--text {told} {DISTILL}")
         for number, (name, options) in enumerate(scores.items()):
             out = folder / f"scores-{number}.json"
             make(out, f"eval {splats} --json {out} --text {held_out} {options}")
