@@ -13,13 +13,14 @@ import io
 import os
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from gsa_jax.convert.unpickler import DTYPES, MAX_BYTES, PickleError, Storage, StoredTensor, unpickle
+from gsa_jax.convert.unpickler import DTYPES, MAX_BYTES, PickleError, StoredTensor, unpickle
 from gsa_jax.errors import InputError, first_line
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
@@ -109,39 +110,41 @@ def _take_out(file: Path, content: Any) -> tuple[dict[Any, Any], tuple[str, ...]
 def _read_archive(stream: IO[bytes]) -> tuple[Any, dict[str, int]]:
     """The content of an archive, and where the storages of its tensors begin."""
     try:
-        archive = zipfile.ZipFile(stream)
-        named = [info for info in archive.infolist() if "/" in info.filename]
-        records = {info.filename.partition("/")[2]: info for info in named}
-        if len(records) < len(named):
-            raise PickleError("damaged (two records of its archive have one name)")
-        if "data.pkl" not in records:
-            raise PickleError("an archive, but none that torch.save wrote (no data.pkl in it)")
-        if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 for info in named):
-            raise PickleError("its records are compressed or encrypted; save it anew instead, with torch.save")
-        if records["data.pkl"].file_size > MAX_BYTES:
-            raise PickleError(f"its pickle has {records['data.pkl'].file_size:,} bytes, expected {MAX_BYTES:,} at most")
-        order = records.get("byteorder")
-        if order is not None and order.file_size == len(b"big") and archive.read(order) == b"big":
-            raise PickleError("it was saved on a big-endian machine; save it anew on another one instead")
-        content, storages = unpickle(io.BytesIO(archive.read(records["data.pkl"])))
-        end = stream.seek(0, os.SEEK_END)
-        return content, {key: _place(stream, records.get(f"data/{key}"), s, end) for key, s in storages.items()}
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError, struct.error) as error:
+        named = [info for info in zipfile.ZipFile(stream).infolist() if "/" in info.filename]
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
         # What `zipfile` raises on archives that are damaged or of a kind that it does not know.
         raise PickleError(f"truncated or damaged ({first_line(error)})") from error
+    records = {info.filename.partition("/")[2]: info for info in named}
+    if len(records) < len(named):
+        raise PickleError("damaged (two records of its archive have one name)")
+    if "data.pkl" not in records:
+        raise PickleError("an archive, but none that torch.save wrote (no data.pkl in it)")
+    if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 for info in named):
+        raise PickleError("its records are compressed or encrypted; save it anew instead, with torch.save")
+    size = records["data.pkl"].file_size
+    if size > MAX_BYTES:
+        raise PickleError(f"its pickle has {size:,} bytes, expected {MAX_BYTES:,} at most")
+    if "byteorder" in records:
+        stream.seek(_place(stream, records, "byteorder", 3))
+        if stream.read(3) == b"big":
+            raise PickleError("it was saved on a big-endian machine; save it anew on another one instead")
+    stream.seek(_place(stream, records, "data.pkl", size))
+    content, storages = unpickle(io.BytesIO(stream.read(size)))
+    return content, {key: _place(stream, records, f"data/{key}", storage.bytes) for key, storage in storages.items()}
 
 
-def _place(stream: IO[bytes], record: zipfile.ZipInfo | None, storage: Storage, end: int) -> int:
-    """Where a storage begins in an archive that ends at `end`."""
-    if record is not None and record.compress_size == record.file_size >= storage.bytes:
+def _place(stream: IO[bytes], records: Mapping[str, zipfile.ZipInfo], name: str, size: int) -> int:
+    """Where a record of `size` bytes at least begins."""
+    record, end = records.get(name), stream.seek(0, os.SEEK_END)
+    if record is not None and record.compress_size >= size and 0 <= record.header_offset <= end:
         stream.seek(record.header_offset)
         header = stream.read(_LOCAL_HEADER.size)
         if len(header) == _LOCAL_HEADER.size and header[:4] == _RECORD:
-            _, name, extra = _LOCAL_HEADER.unpack(header)
-            start = record.header_offset + _LOCAL_HEADER.size + name + extra
-            if start + storage.bytes <= end:
+            _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
+            start = record.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
+            if start + size <= end:
                 return start
-    raise PickleError(f"truncated or damaged (storage {storage.key[:20]!r} is not there, or not whole)")
+    raise PickleError(f"truncated or damaged ({ascii(name[:40])} is not there, or not whole)")
 
 
 def _read_legacy(stream: IO[bytes]) -> tuple[Any, dict[str, int]]:
