@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from gsa_jax.checkpoint import CONFIG_FILE, REPORT_FILE, load_tensors, tokenizer_files
+from gsa_jax.checkpoint import CARRIED_FILE, CONFIG_FILE, REPORT_FILE, copy_files, load_tensors, tokenizer_files
+from gsa_jax.config import carried_fields, read_config_values
 from gsa_jax.convert.names import EXPORT_LEAVES, export_names
 from gsa_jax.convert.splat_folder import write_splats
 from gsa_jax.errors import InputError
@@ -51,13 +51,13 @@ def export(checkpoint: str | Path, out: str | Path, *, splats_only: bool = False
     total = sum(tensor.nbytes for tensor in tensors.values())
     dtypes = [str(tensor.dtype) for tensor in tensors.values()]
     # transformers 4 reads `torch_dtype`, 5 prefers `dtype` and still knows the old name.
-    values = config.to_hf() | {"torch_dtype": max(set(dtypes), key=dtypes.count)}
+    carried = carried_fields(read_config_values(checkpoint / CONFIG_FILE))
+    values = carried | config.to_hf() | {"torch_dtype": max(set(dtypes), key=dtypes.count)}
     with new_folder(out, needed_bytes=total) as staging:
         exported = {names[name]: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         save_file(exported, staging / "model.safetensors", metadata={"format": "pt"})
         (staging / "model.safetensors").chmod(0o644)  # the writer makes it private
-        for file in tokenizer_files(checkpoint):
-            shutil.copyfile(file, staging / file.name)
+        copy_files((file for file in tokenizer_files(checkpoint) if file.name != CARRIED_FILE), staging)
         (staging / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return ExportReport(
         tensors=len(tensors),

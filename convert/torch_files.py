@@ -144,7 +144,7 @@ def _place(stream: IO[bytes], records: Mapping[str, zipfile.ZipInfo], name: str,
             start = record.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
             if start + size <= end:
                 return start
-    raise PickleError(f"truncated or damaged ({ascii(name[:40])} is not there, or not whole)")
+    raise PickleError(f"truncated or damaged ({name[:40]!a} is not there, or not whole)")
 
 
 def _read_legacy(stream: IO[bytes]) -> tuple[Any, dict[str, int]]:

@@ -72,7 +72,14 @@ class Comparison:
         return bool(np.isfinite(self.relative_rms)) and self.relative_rms <= self.tolerance
 
 
-def verify(source: str | Path, checkpoint: str | Path, *, text: Path | None = None) -> list[Comparison]:
+def verify(
+    source: str | Path,
+    checkpoint: str | Path,
+    *,
+    text: Path | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> list[Comparison]:
     """Compares a checkpoint's logits with Hugging Face PyTorch's and, if it is installed, Hugging Face Flax's.
 
     Args:
@@ -84,7 +91,7 @@ def verify(source: str | Path, checkpoint: str | Path, *, text: Path | None = No
     Raises:
         InputError: PyTorch is not installed, a folder or the text cannot be used, or the two have different shapes.
     """
-    opened = open_source(source)
+    opened = open_source(source, revision=revision, subfolder=subfolder)
     config, tensors = load_tensors(checkpoint)
     config = config.with_window("all")  # with all keys exact, whatever the checkpoint is used with
     planned = plan(opened.config, {name: tensor.shape for name, tensor in opened.tensors.items()})

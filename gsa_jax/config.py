@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from gsa_jax.errors import InputError
+from gsa_jax.hf_fields import ALIASES, REPLACED, own_names, refuse_other_names
 
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish")
 """Names of Hugging Face activations that `gsa_jax.layers` implements."""
@@ -159,6 +160,9 @@ class GPTNeoConfig:
         attention_types: pairs `(pattern, repeats)`; `((("global", "local"), 12),)` is 24 alternating layers.
         window_size: tokens seen by a local layer, its own included.
         intermediate_size: width of the MLP; `None` means `4 * hidden_size`.
+        bos_token_id: may be beyond the vocabulary, as the default is for small models; it is not embedded unless a text
+            is to start with it.
+        eos_token_id: one or several; may be beyond the vocabulary, and then no text ends.
         splats: splats attached to the attention, or `None` for the plain model.
         dtype: of the computation, one of `DTYPES`. Not part of a `config.json`, whose `dtype` is that of the stored
             weights; nor are the fields after it.
@@ -185,7 +189,7 @@ class GPTNeoConfig:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     bos_token_id: int | None = 50256
-    eos_token_id: int | None = 50256
+    eos_token_id: int | tuple[int, ...] | None = 50256
     splats: SplatConfig | None = None
     dtype: str = "float32"
     remat: bool = False
@@ -212,10 +216,11 @@ class GPTNeoConfig:
                 raise InputError(f"{name} = {value!r}: must be a number")
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} = {value!r}: must be finite and >= 0")
-        for name in ("bos_token_id", "eos_token_id"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or not 0 <= value < self.vocab_size):
-                raise InputError(f"{name} = {value!r}: not in the vocabulary of {self.vocab_size} tokens")
+        if isinstance(self.eos_token_id, list | tuple):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id) or None)
+        for name, value in self._special_tokens():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InputError(f"{name} = {value!r}: must be the number of a token")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype = {self.dtype!r}: must be one of {', '.join(DTYPES)}")
         if self.attention_implementation not in get_args(AttentionImplementation):
@@ -241,6 +246,20 @@ class GPTNeoConfig:
             if self.splat_layers[-1] >= self.num_layers:
                 raise InputError(f"splats.layers = {self.splats.layers!r}: the model has {self.num_layers} layers")
             self.splats.of_layers(len(self.splat_layers))
+
+    def _special_tokens(self) -> list[tuple[str, int]]:
+        ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        named = [("bos_token_id", self.bos_token_id), *(("eos_token_id", end) for end in ends)]
+        return [(name, value) for name, value in named if value is not None]
+
+    @property
+    def beyond_vocabulary(self) -> list[str]:
+        """A phrase for each special token that is no token of the model: it is never generated, and never embedded."""
+        return [
+            f"{name} = {value} is beyond the vocabulary of {self.vocab_size} tokens"
+            for name, value in self._special_tokens()
+            if not 0 <= value < self.vocab_size
+        ]
 
     @property
     def attention_layers(self) -> tuple[str, ...]:
@@ -305,14 +324,12 @@ class GPTNeoConfig:
         """Reads a Hugging Face configuration: a `transformers` config object or the dict of its `config.json`.
 
         A key `splats` written by `to_hf` is read back. Raises `InputError` if the configuration describes something
-        that this model is not (another `model_type`, an untied head, contradictory attention lists).
+        that this model is not (another `model_type`, an untied head, fields that contradict one another).
         """
-        values: Mapping[str, Any] = hf if isinstance(hf, Mapping) else hf.to_dict()
+        values = own_names(hf if isinstance(hf, Mapping) else hf.to_dict())
         model_type = values.get("model_type", "gpt_neo")
         if model_type != "gpt_neo":
             raise InputError(f"model_type = {model_type!r}: only 'gpt_neo' models are supported")
-        if values.get("tie_word_embeddings", True) is False:
-            raise InputError("tie_word_embeddings = false: an output head of its own is not supported")
         splats = values.get("splats")
         if splats is not None and not isinstance(splats, SplatConfig):
             try:
@@ -327,6 +344,11 @@ class GPTNeoConfig:
         listed = values.get("attention_layers")
         if listed is not None and listed not in (config.attention_layers, list(config.attention_layers)):
             raise InputError(f"attention_layers = {listed!r} contradicts attention_types")
+        refuse_other_names(
+            values,
+            {field: getattr(config, field) for field in own}
+            | {"intermediate_size": config.mlp_dim, "head_dim": config.head_dim},
+        )
         return config
 
     def to_hf(self) -> dict[str, Any]:
@@ -334,6 +356,8 @@ class GPTNeoConfig:
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_STORED}
         values["attention_types"] = [[list(pattern), repeats] for pattern, repeats in self.attention_types]
         values["attention_layers"] = list(self.attention_layers)
+        if isinstance(self.eos_token_id, tuple):
+            values["eos_token_id"] = list(self.eos_token_id)
         if self.splats is None:
             del values["splats"]
         return {"architectures": ["GPTNeoForCausalLM"], "model_type": "gpt_neo", **values}
@@ -341,6 +365,21 @@ class GPTNeoConfig:
 
 def read_config(path: Path) -> GPTNeoConfig:
     """Reads a `config.json`. Raises `InputError`, naming the file, if it is missing or cannot be used."""
+    values = read_config_values(path)
+    try:
+        return GPTNeoConfig.from_hf(values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def carried_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the fields of a Hugging Face `config.json`, those for which this model has no use and others may."""
+    own = {field.name for field in dataclasses.fields(GPTNeoConfig)}
+    return {name: value for name, value in values.items() if name not in own | ALIASES.keys() | REPLACED}
+
+
+def read_config_values(path: Path) -> dict[str, Any]:
+    """All fields of a GPT-Neo's `config.json`; raises as `read_config` does."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -351,10 +390,7 @@ def read_config(path: Path) -> GPTNeoConfig:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if not isinstance(values, dict) or "model_type" not in values:
         raise InputError(f"{path}: no model_type in it; expected the config.json of a GPT-Neo")
-    try:
-        return GPTNeoConfig.from_hf(values)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return values
 
 
 def _freeze_attention_types(value: Any) -> tuple[tuple[tuple[str, ...], int], ...]:

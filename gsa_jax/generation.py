@@ -78,10 +78,10 @@ def _decode(
     state: _State,
     sampler: Sampler,
     stop: jax.Array,
-    eos_token_id: jax.Array,
+    eos_token_ids: jax.Array,
     pad_token_id: jax.Array,
 ) -> _State:
-    """Generates until `stop` tokens are written or every row is done; `eos_token_id` < 0 never ends a row."""
+    """Generates until `stop` tokens are written or every row is done; a row ends with any of `eos_token_ids`."""
     model = nnx.merge(graphdef, params)
 
     def unfinished(state: _State) -> jax.Array:
@@ -92,7 +92,7 @@ def _decode(
         token = jnp.where(state.done, pad_token_id, token)
         tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step))
         logits, cache = model.extend(token[:, None], jnp.ones_like(token[:, None], bool), state.cache)
-        return _State(cache, logits, tokens, state.step + 1, state.done | (token == eos_token_id), state.key)
+        return _State(cache, logits, tokens, state.step + 1, state.done | jnp.isin(token, eos_token_ids), state.key)
 
     return jax.lax.while_loop(unfinished, advance, state)
 
@@ -111,8 +111,8 @@ def generate_stream(
     """Like `generate`, but yields `[B, n]` new tokens as they come, `tokens_per_step` at a time."""
     _check_request(model.config, prompts, max_new_tokens)
     eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    eos = -1 if eos is None else eos
-    pad = max(eos, 0) if pad_token_id is None else pad_token_id
+    ends = (-1,) if eos is None else (eos,) if isinstance(eos, int) else eos
+    pad = max(ends[0], 0) if pad_token_id is None else pad_token_id
     input_ids, attention_mask = _pad_left(prompts)
     room = _round_up(max_new_tokens, _NEW_TOKENS_BUCKET)
     graphdef, params = nnx.split(model)
@@ -126,7 +126,9 @@ def generate_stream(
     written = 0
     while written < max_new_tokens:
         stop = min(written + tokens_per_step, max_new_tokens)
-        state = _decode(graphdef, params, state, sampler or Greedy(), jnp.int32(stop), jnp.int32(eos), jnp.int32(pad))
+        state = _decode(
+            graphdef, params, state, sampler or Greedy(), jnp.int32(stop), jnp.asarray(ends), jnp.int32(pad)
+        )
         step = int(state.step)
         yield np.asarray(state.tokens)[:, written:step]  # sliced on the host, where it compiles nothing
         if step < stop or bool(jnp.all(state.done)):
@@ -151,8 +153,8 @@ def generate(
         max_new_tokens: at most this many are generated per prompt, >= 1.
         sampler: chooses tokens, see `gsa_jax.sampling`; greedy if None.
         seed: of the random choices; the same seed gives the same tokens.
-        eos_token_id: ends a sequence; the configuration's if None, negative for none.
-        pad_token_id: fills a sequence after its end; the end-of-sequence token if None.
+        eos_token_id: ends a sequence; the configuration's, of which there may be several, if None; negative for none.
+        pad_token_id: fills a sequence after its end; the first end-of-sequence token if None.
 
     Returns:
         int32 `[B, n]`: the new tokens alone; n <= max_new_tokens, smaller if every sequence ended before.

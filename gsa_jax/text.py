@@ -59,15 +59,21 @@ def context_length(config: GPTNeoConfig, context: int | None) -> int:
 
 
 def start_token(config: GPTNeoConfig) -> int:
-    """What a document begins with: the model's `bos_token_id`, or its `eos_token_id` if it has no other.
+    """What a document begins with: the model's `bos_token_id`, or its (first) `eos_token_id` if it has no other.
 
     Raises:
-        InputError: it has neither.
+        InputError: it has neither, or this one is not in its vocabulary.
     """
     start = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
+    start = start[0] if isinstance(start, tuple) else start
     if start is None:
         raise InputError(
             "documents need a token to start with; set bos_token_id or eos_token_id in the model's config.json"
+        )
+    if not 0 <= start < config.vocab_size:
+        raise InputError(
+            f"documents would start with token {start}, which is not in the vocabulary of {config.vocab_size} tokens; "
+            "set bos_token_id in the model's config.json to the token that stands between its documents"
         )
     return start
 

@@ -6,6 +6,7 @@ May be changed here: their options and what they print.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -32,6 +33,12 @@ class Convert(SplatCommand):
     """Dtype of the parameters; as the source stores them by default."""
     allow_nonfinite: bool = False
     """Convert NaN and infinite weights as well."""
+    tokenizer: Path | None = None
+    """Folder with the tokenizer of a source that has none."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub's repository."""
+    subfolder: str | None = None
+    """Folder inside of the source that holds the model."""
 
     def run(self) -> int:
         from gsa_jax.convert import convert
@@ -45,6 +52,9 @@ class Convert(SplatCommand):
             splats=self.splats_from or splats,
             dtype=self.dtype,
             allow_nonfinite=self.allow_nonfinite,
+            tokenizer=self.tokenizer,
+            revision=self.revision,
+            subfolder=self.subfolder,
             progress=lambda names: progress(names, "reading tensors"),
         )
         print_table(
@@ -59,8 +69,13 @@ class Convert(SplatCommand):
                 ["splats", f"{report.splats} ({report.splat_parameters:,} parameters)"],
                 ["tokenizer", ", ".join(report.tokenizer) or "none in the source"],
                 ["ignored", f"{len(report.ignored)} tensors"],
+                *(["taken out of", container] for container in report.containers),
+                *([["wrappers left out", ", ".join(report.wrappers)]] if report.wrappers else []),
+                *([["files left behind", ", ".join(report.left_behind)]] if report.left_behind else []),
             ],
         )
+        for warning in report.warnings:
+            print(f"gsa: warning: {warning}; no text will end or start with it", file=sys.stderr)
         if report.ignored:
             print_table("ignored", ["tensor", "why"], [[name, why] for name, why in report.ignored.items()])
         return 0
@@ -104,12 +119,18 @@ class Verify(Command):
     """Checkpoint folder."""
     text: Path | None = None
     """UTF-8 file to compare on, besides random ids."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub's repository."""
+    subfolder: str | None = None
+    """Folder inside of the source that holds the model."""
 
     def run(self) -> int:
         from gsa_jax.convert.verify import verify
 
         with status("running both models"):
-            comparisons = verify(self.source, self.checkpoint, text=self.text)
+            comparisons = verify(
+                self.source, self.checkpoint, text=self.text, revision=self.revision, subfolder=self.subfolder
+            )
         print_table(
             f"{self.checkpoint} against {self.source}",
             ["oracle", "input", "tokens", "max abs", "rel. RMS", "tolerance", "top-1", "loss", "its loss", ""],
