@@ -6,37 +6,108 @@ May be changed here: which files of a repository are downloaded, and in which or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import glob
+import sys
 from pathlib import Path
 
-from gsa_jax.checkpoint import is_hub_id
+from gsa_jax.checkpoint import CARRIED_FILE, CONFIG_FILE, TOKENIZER_FILES, is_hub_id
+from gsa_jax.convert.folder import check_config, refuse_adapter, shard_names, weight_file
 from gsa_jax.errors import InputError, first_line
 
 
-def find_folder(
-    source: str,
-    check: Callable[[Path], object],
-    weight_stems: Sequence[str],
-    *,
-    revision: str | None,
-    subfolder: str | None,
-) -> Path:
+def find_folder(source: str, *, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """A local folder, or the local copy of a hub's repository (`owner/name`) with what a conversion needs of it.
+
+    Weights are downloaded in one format, the one that would be read, and after the configuration was found usable. If
+    the hub cannot be reached, what was downloaded before is taken.
+
+    Args:
+        revision: a branch, a tag or a commit of the repository.
+        subfolder: of the folder or repository, that holds the model.
+
+    Raises:
+        InputError: there is no such folder or repository, or its list of files or its configuration cannot be used.
+    """
     folder = Path(source)
     if folder.is_dir():
-        if subfolder is not None:
-            folder = folder / subfolder
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder")
         if revision is not None:
             raise InputError(f"{source}: is a folder of this machine, which has no revisions; leave --revision out")
+        folder = folder / (subfolder or "")
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder")
         return folder
     if folder.exists():
         raise InputError(f"{source}: is a file; give the folder that holds config.json and the weights")
     if not is_hub_id(source):
         raise InputError(f"{source}: no such folder")
-    from huggingface_hub import snapshot_download
+    inside = "/".join(part for part in (subfolder or "").split("/") if part)
+    return _Repository(source, revision, f"{inside}/" if inside else "").download()
 
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.txt"]))
-    except Exception as error:  # the hub's client lets errors of its HTTP library through, another one in each version
-        raise InputError(f"{source}: no such folder, and not to be had from the hub ({first_line(error)})") from error
+
+class _Repository:
+    def __init__(self, name: str, revision: str | None, prefix: str) -> None:
+        self._name, self._revision, self._prefix = name, revision, prefix
+        self._label = f"{name}{f'@{revision}' if revision else ''}{f'/{prefix[:-1]}' if prefix else ''}"
+
+    def download(self) -> Path:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+        try:
+            info = HfApi().model_info(self._name, revision=self._revision)
+        except GatedRepoError:
+            raise InputError(
+                f"{self._name}: its owners grant access to it; ask on its page of the hub, then log in: hf auth login"
+            ) from None
+        except RevisionNotFoundError:
+            raise InputError(f"{self._name}: the hub has no revision {self._revision!r} of it") from None
+        except RepositoryNotFoundError:
+            raise InputError(
+                f"{self._name}: no such folder, and no such model on the hub; log in if it is private: hf auth login"
+            ) from None
+        except _hub_errors() as error:
+            return self._from_cache(error)
+        paths = [sibling.rfilename for sibling in info.siblings or []]
+        files = {path.removeprefix(self._prefix) for path in paths if path.startswith(self._prefix)}
+        refuse_adapter(self._label, files)
+        if CONFIG_FILE not in files:
+            raise InputError(f"{self._label}: no {CONFIG_FILE} in it; a model needs one")
+        chosen = weight_file(self._label, files)
+        check_config(self._fetch([CONFIG_FILE]))
+        weights = [chosen]
+        if chosen.endswith(".json"):
+            weights += shard_names(self._fetch([chosen]) / chosen)
+            missing = [name for name in weights if name not in files]
+            if missing:
+                raise InputError(f"{self._label}: {chosen} lists shards that are not there: {', '.join(missing[:5])}")
+        others = [name for name in TOKENIZER_FILES if name in files and name != CARRIED_FILE]
+        templates = [name for name in files if name.startswith("additional_chat_templates/")]
+        return self._fetch([CONFIG_FILE, *others, *templates, *weights])
+
+    def _fetch(self, names: list[str]) -> Path:
+        """The folder of the model in the cache, with these files in it."""
+        from huggingface_hub import snapshot_download
+
+        patterns = [glob.escape(self._prefix + name) for name in names]
+        try:
+            snapshot = snapshot_download(self._name, revision=self._revision, allow_patterns=patterns)
+        except _hub_errors() as error:
+            raise InputError(f"{self._label}: cannot be had from the hub ({first_line(error)})") from error
+        return Path(snapshot, self._prefix)
+
+    def _from_cache(self, reason: Exception) -> Path:
+        from huggingface_hub import snapshot_download
+
+        try:
+            snapshot = snapshot_download(self._name, revision=self._revision, local_files_only=True)
+        except _hub_errors():
+            raise InputError(
+                f"{self._name}: no such folder, and not to be had from the hub ({first_line(reason)})"
+            ) from reason
+        return Path(snapshot, self._prefix)
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises, its HTTP library's errors included: requests', or httpx' from its version 1 on."""
+    httpx = sys.modules.get("httpx")
+    return (OSError, ValueError, *([] if httpx is None else [httpx.HTTPError]))

@@ -25,8 +25,9 @@ from gsa_jax.checkpoint import (
     tokenizer_files,
 )
 from gsa_jax.config import DTYPES, GPTNeoConfig, SplatConfig, carried_fields, read_config_values
+from gsa_jax.convert.folder import refuse_impostor
 from gsa_jax.convert.names import Plan, plan
-from gsa_jax.convert.reader import Source, SourceTensor, open_source, refuse_impostor
+from gsa_jax.convert.reader import Source, SourceTensor, open_source
 from gsa_jax.convert.splat_folder import read_splats
 from gsa_jax.errors import InputError, listed
 from gsa_jax.files import refuse_existing, refuse_full_disk
