@@ -61,9 +61,9 @@ class TorchFile:
         if not tensor.span:
             return np.empty(tensor.shape, dtype)
         start = self.offsets[tensor.storage.key] + tensor.offset * dtype.itemsize
-        mapped = np.memmap(self.file, dtype, "r", start, (tensor.span,))
+        mapped = np.memmap(self.file, np.uint8, "r", start, (tensor.span * dtype.itemsize,))
         strides = [stride * dtype.itemsize for stride in tensor.strides]
-        return np.array(np.lib.stride_tricks.as_strided(mapped, tensor.shape, strides), order="C", subok=False)
+        return np.array(np.ndarray(tensor.shape, dtype, mapped.data, strides=strides), order="C")
 
 
 def open_torch_file(file: Path) -> TorchFile:

@@ -1,5 +1,6 @@
 """Bad input: one line on stderr that names the thing, exit code 2, and nothing left behind."""
 
+import errno
 import os
 import shutil
 import struct
@@ -15,6 +16,7 @@ import torch
 from gsa_jax import SplatConfig
 from gsa_jax.convert import convert
 from helpers.hf_folders import (
+    ATTENTION,
     GSA,
     read_safetensors,
     splat_tensors,
@@ -123,8 +125,92 @@ def truncated_legacy_bin(source: Path) -> list[object]:
 
 
 def text_as_bin(source: Path) -> list[object]:
-    (write_bin_folder(source, {}) / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
-    return [source / "pytorch_model.bin", "not a file that PyTorch loads safely"]
+    (write_bin_folder(source, {}) / "pytorch_model.bin").write_text("weights\n")
+    return [source / "pytorch_model.bin", "not written by torch.save"]
+
+
+def pointer(source: Path) -> list[object]:
+    (write_folder(source) / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    )
+    return [source / "model.safetensors", "a git-lfs pointer", "git lfs pull"]
+
+
+def pointer_to_a_configuration(source: Path) -> list[object]:
+    (write_folder(source) / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    return [source / "config.json", "a git-lfs pointer"]
+
+
+def pointer_to_a_tokenizer(source: Path) -> list[object]:
+    (write_folder(source) / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    return [source / "tokenizer.json", "a git-lfs pointer"]
+
+
+def page(source: Path) -> list[object]:
+    (write_folder(source) / "model.safetensors").write_text("<!DOCTYPE html>\n<html><body>Log in</body></html>\n")
+    return [source / "model.safetensors", "an HTML page"]
+
+
+def page_for_an_index(source: Path) -> list[object]:
+    write_sharded_folder(source, tiny_tensors(), suffix="bin")
+    (source / "pytorch_model.bin.index.json").write_text("<HTML>")
+    return [source / "pytorch_model.bin.index.json", "an HTML page"]
+
+
+def adapter(source: Path) -> list[object]:
+    source.mkdir()
+    (source / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (source / "adapter_model.bin").write_bytes(b"")
+    return [source, "holds an adapter (adapter_config.json)", "merge"]
+
+
+def adapter_beside_a_model(source: Path) -> list[object]:
+    (write_folder(source) / "adapter_model.safetensors").write_bytes(b"")
+    return [source, "holds an adapter (adapter_model.safetensors)", "merge"]
+
+
+def adapter_in_the_model(source: Path) -> list[object]:
+    name = f"base_model.model.{ATTENTION.format(0)}q_proj.lora_A.default.weight"
+    return [write_folder(source, tensors_with(name, torch.zeros(4, 32))), name, "LoRA", "merge_and_unload"]
+
+
+def classifier(source: Path) -> list[object]:
+    file = write_folder(source, tensors_with("score.weight", torch.zeros(2, 32))) / "model.safetensors"
+    return [file, "score.weight is the head of a classifier", "save the language model"]
+
+
+def token_classifier(source: Path) -> list[object]:
+    return [write_folder(source, tensors_with("module.classifier.bias", torch.zeros(2))), "head of a classifier"]
+
+
+def placeholders(source: Path) -> list[object]:
+    state = {name: torch.zeros(0) for name in tiny_tensors()}
+    return [write_bin_folder(source, state) / "pytorch_model.bin", "28 tensors are empty", "zero_to_fp32.py"]
+
+
+def two_containers(source: Path) -> list[object]:
+    state = {"model": tiny_tensors(), "module": tiny_tensors()}
+    return [write_bin_folder(source, state) / "pytorch_model.bin", "two models, model and module"]
+
+
+def container_of_nothing(source: Path) -> list[object]:
+    return [write_bin_folder(source, {"model": {}, "step": 3}) / "pytorch_model.bin", "not a state dict"]
+
+
+def another_model(source: Path) -> list[object]:
+    state = {f"layer.{n}.weight": torch.zeros(3) for n in range(40)}
+    return [write_folder(source, state) / "model.safetensors", "68 tensors do not fit", "; and 63 more"]
+
+
+def shards_elsewhere(source: Path) -> list[object]:
+    write_sharded_folder(source, tiny_tensors(), suffix="bin")
+    (source / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "../../model.bin"}}')
+    return [source / "pytorch_model.bin.index.json", "do not stand beside it: ../../model.bin"]
+
+
+def weights_of_others(source: Path) -> list[object]:
+    (write_folder(source) / "model.safetensors").rename(source / "flax_model.msgpack")
+    return [source, "no weights", "only flax_model.msgpack"]
 
 
 def pickled_list(source: Path) -> list[object]:
@@ -139,7 +225,7 @@ def pickled_numbers(source: Path) -> list[object]:
 def pickled_stranger(source: Path) -> list[object]:
     return [
         write_bin_folder(source, {"model": Stranger()}) / "pytorch_model.bin",
-        "not a file that PyTorch loads safely",
+        "Stranger, and only tensors are read",
     ]
 
 
@@ -172,7 +258,7 @@ def two_models(source: Path) -> list[object]:
 
 def not_a_number(source: Path) -> list[object]:
     tensors = first_element(C_FC, float("nan"))
-    return [write_folder(source, tensors) / "model.safetensors", "1 tensors", f"{C_FC} [128, 32]", "--allow-nonfinite"]
+    return [write_folder(source, tensors), "model.safetensors", "1 tensors", f"{C_FC} [128, 32]", "--allow-nonfinite"]
 
 
 def infinite(source: Path) -> list[object]:
@@ -186,7 +272,7 @@ def integers(source: Path) -> list[object]:
 
 def doubles(source: Path) -> list[object]:
     tensors = {name: tensor.double() for name, tensor in tiny_tensors().items()}
-    return [write_bin_folder(source, tensors) / "pytorch_model.bin", f"{C_FC} is float64", f"{WTE} is float64"]
+    return [write_bin_folder(source, tensors), f"{WTE} is float64; ", "; and 23 more; save the model in one of these"]
 
 
 def config_not_json(source: Path) -> list[object]:
@@ -238,6 +324,9 @@ def index_without_map(source: Path) -> list[object]:
 SOURCES: list[Callable[[Path], list[object]]] = [
     no_folder, a_file, empty_folder, no_weights, config_is_a_folder, truncated, header_truncated, corrupt,
     corrupt_header, no_tensors, empty_file, empty_bin, truncated_bin, truncated_legacy_bin, text_as_bin, pickled_list,
+    pointer, pointer_to_a_configuration, pointer_to_a_tokenizer, page, page_for_an_index, adapter,
+    adapter_beside_a_model, adapter_in_the_model, classifier, token_classifier, placeholders, two_containers,
+    container_of_nothing, another_model, shards_elsewhere, weights_of_others,
     pickled_numbers, pickled_stranger, keys_of_all_kinds, keys_behind_a_wrapper, two_models, not_a_number, infinite,
     integers, doubles, config_not_json, config_a_list, missing_shard, missing_bin_shard, shard_without_its_tensors,
     broken_index, index_of_numbers, index_without_map,
@@ -271,8 +360,25 @@ def test_a_bad_source(run_gsa, tmp_path, make):
         ({"attention_layers": 3}, "attention_layers = 3 contradicts"),
         ({"window_size": -1}, "window_size = -1"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon = nan"),
-        ({"eos_token_id": 97}, "eos_token_id = 97: not in the vocabulary of 97"),
+        ({"attention_types": None, "attention_layers": "local"}, "attention_layers = 'local'"),
+        (
+            {"attention_types": None, "attention_layers": ["global"]},
+            "attention_types describes 1 layers, num_layers = 2",
+        ),
+        ({"eos_token_id": "97"}, "eos_token_id = '97'"),
+        ({"eos_token_id": [0, None, "</s>"]}, "eos_token_id = '</s>'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings = false"),
+        ({"num_attention_heads": 8}, "num_attention_heads = 8 contradicts num_heads = 4"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers = 3 contradicts num_layers = 2"),
+        ({"n_head": 2}, "n_head = 2 is no field of GPT-Neo and contradicts num_heads = 4"),
+        ({"n_inner": 64}, "n_inner = 64 is no field of GPT-Neo and contradicts intermediate_size = 128"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads = 1"),
+        ({"hidden_act": "relu"}, "hidden_act = 'relu'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling = {"),
+        ({"quantization_config": {"bits": 8}}, "quantization_config = {"),
+        ({"add_cross_attention": True}, "add_cross_attention = true"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads = {"),
+        ({"auto_map": {"AutoModelForCausalLM": "mine.Model"}}, "auto_map = {"),
         ({"splats": [2]}, "splats = [2]"),
         ({"splats": {"num_splats": 0, "window": 0}}, "num_splats = 0"),
     ],
@@ -336,11 +442,19 @@ def test_an_output_below_a_file(run_gsa, tmp_path):
     run_gsa("convert", source, out).assert_refused(out, "cannot be created")
 
 
-def test_without_pytorch_a_bin_says_how_to_install_it(run_gsa, tmp_path, monkeypatch):
-    source = write_bin_folder(tmp_path / "source", tiny_tensors())
-    monkeypatch.setitem(sys.modules, "torch", None)
-    outcome = run_gsa("convert", source, tmp_path / "out")
-    outcome.assert_refused(source / "pytorch_model.bin", "pip install 'gsa-jax[torch]'")
+def test_a_file_that_may_not_be_read_is_not_called_damaged(run_gsa, tmp_path, monkeypatch):
+    def forbidden(path: Path, *arguments, **options):
+        if path.name in ("model.safetensors", "pytorch_model.bin"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *arguments, **options)
+
+    opened = Path.open
+    sources = [write_folder(tmp_path / "a"), write_bin_folder(tmp_path / "b", tiny_tensors())]
+    monkeypatch.setattr(Path, "open", forbidden)  # whoever runs the tests may be allowed to read everything
+    for source in sources:
+        outcome = run_gsa("convert", source, tmp_path / "out")
+        outcome.assert_refused(source, "cannot be read (Permission denied)")
+        assert "damaged" not in outcome.err and "truncated" not in outcome.err
 
 
 def test_a_stranger_in_a_pickle_is_not_built(run_gsa, tmp_path):

@@ -173,6 +173,7 @@ def test_what_a_checkpoint_holds(story_neo, story_checkpoint):
         "config.json",
         "conversion.json",
         "weights",
+        "config.carried.json",
         *report["tokenizer"],
     }
 

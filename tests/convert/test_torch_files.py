@@ -109,7 +109,7 @@ def test_a_state_dict_is_taken_out_of_what_trainers_put_around_it(tmp_path, arch
 
 
 def test_nothing_stays_mapped_and_large_storages_are_not_read_for_small_views(tmp_path):
-    big = torch.zeros(64 * 2**20)
+    big = torch.zeros(16 * 2**20)
     torch.save({"part": big[2**20 : 2**20 + 8]}, tmp_path / "x.bin")
     code = (
         "import sys, resource; from pathlib import Path; from gsa_jax.convert.torch_files import open_torch_file\n"
@@ -120,18 +120,27 @@ def test_nothing_stays_mapped_and_large_storages_are_not_read_for_small_views(tm
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "x.bin"], capture_output=True, text=True, check=True)
     size, grown = map(int, done.stdout.split())
-    assert size == 8 and grown < 32 * 1024  # of 256 MiB, in KiB
+    assert size == 8 and grown < 16 * 1024  # of 64 MiB, in KiB
 
 
 BLOCKED = """
 import sys
-sys.modules["torch"] = None
+
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError("PyTorch is not installed")
+
+
+sys.meta_path.insert(0, Blocked())
 from gsa_jax.cli import main
+
 main()
 """
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["archive", "legacy"])
+@pytest.mark.parametrize("legacy", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["archive", "legacy"])
 def test_conversion_needs_no_pytorch(tmp_path, story_neo, legacy):
     """The bundled model, from nothing but a .bin, in a process in which PyTorch cannot be imported."""
     tensors = read_safetensors(story_neo)
@@ -160,15 +169,18 @@ def archive_of(data: bytes, *, compression: int = zipfile.ZIP_STORED, twice: boo
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", compression) as archive:
         archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/version", "3\n")
         archive.writestr("archive/data/0", bytes(48))
         if twice:
             archive.writestr("other/data.pkl", data)
     return made.getvalue()
 
 
-def a_tensor(count: object = 12, offset: object = 0, size: object = (3, 4), strides: object = (4, 1)) -> bytes:
+def a_tensor(
+    count: object = 12, offset: object = 0, size: object = (3, 4), strides: object = (4, 1), end: bytes = b""
+) -> bytes:
     """A state dict with one tensor, of a storage that is said to have `count` floats and has 12."""
-    storage = name("torch", "FloatStorage") + constant("0") + constant("cpu") + constant(count)
+    storage = name("torch", "FloatStorage") + constant("0") + constant("cpu") + constant(count) + end
     view = constant(offset) + constant(size) + constant(strides) + b"\x89" + name("collections", "OrderedDict") + b")R"
     rebuilt = name("torch._utils", "_rebuild_tensor_v2") + b"((" + constant("storage") + storage + b"tQ" + view + b"tR"
     return pickled(b"}", constant("w"), rebuilt, b"s")
@@ -184,6 +196,7 @@ def doubled(levels: int) -> bytes:
 
 
 LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2)
+LEGACY_TENSOR = a_tensor(end=constant(None))
 LEGACY_ARRAY = struct.pack("<q", 12) + bytes(48)
 
 HOSTILE = {
@@ -195,9 +208,9 @@ HOSTILE = {
     "an attribute of a name": (archive_of(pickled(name("torch", "Size"), b"}b")), "attributes of what is no dict"),
     "a call of a constant": (archive_of(pickled(constant(3), b")R")), "it calls what is no function"),
     "a new object": (archive_of(pickled(name("collections", "OrderedDict"), b")\x81")), "NEWOBJ"),
-    "a key of many levels": (archive_of(pickled(b"}", nested(10**6), b"Ns")), "an entry without a name"),
+    "a key of many levels": (archive_of(pickled(b"}", nested(10**5), b"Ns")), "an entry without a name"),
     "a key that doubles": (archive_of(pickled(b"}", doubled(100), b"Ns")), "an entry without a name"),
-    "lists of many levels": (archive_of(pickled(b"]" * 10**6, b"a" * (10**6 - 1))), "not a state dict but a list"),
+    "lists of many levels": (archive_of(pickled(b"]" * 30_000, b"a" * 29_999)), "not a state dict but a list"),
     "a large memo": (archive_of(pickled(b"Nr\xff\xff\xff\xff")), "not a state dict but a NoneType"),
     "a long string": (archive_of(pickled(b"\x8d" + struct.pack("<Q", 2**62))), "not written by torch.save"),
     "a long string, legacy": (LEGACY + b"\x80\x02X\xff\xff\xff\x7f", "not written by torch.save"),
@@ -216,8 +229,8 @@ HOSTILE = {
     "sizes of words": (archive_of(a_tensor(size=("3", "4"))), "sizes that are no numbers"),
     "more sizes than strides": (archive_of(a_tensor(size=(3, 4, 1))), "of no shape"),
     "a storage of fewer": (archive_of(a_tensor(-12)), "a storage that is none"),
-    "a legacy storage too few": (LEGACY + a_tensor() + pickle.dumps([], 2), "0 of 1 storages"),
-    "a legacy storage cut off": (LEGACY + a_tensor() + pickle.dumps(["0"], 2) + LEGACY_ARRAY[:-1], "not whole"),
+    "a legacy storage too few": (LEGACY + LEGACY_TENSOR + pickle.dumps([], 2), "0 of 1 storages"),
+    "a legacy storage cut off": (LEGACY + LEGACY_TENSOR + pickle.dumps(["0"], 2) + LEGACY_ARRAY[:-1], "not whole"),
     "a large legacy storage": (
         LEGACY + a_tensor(2**50) + pickle.dumps(["0"], 2) + struct.pack("<q", 2**50), "not whole",
     ),
@@ -229,7 +242,7 @@ HOSTILE = {
 
 
 def test_the_files_below_are_fine_but_for_what_is_wrong_with_them(tmp_path):
-    for content in (archive_of(a_tensor()), LEGACY + a_tensor() + pickle.dumps(["0"], 2) + LEGACY_ARRAY):
+    for content in (archive_of(a_tensor()), LEGACY + LEGACY_TENSOR + pickle.dumps(["0"], 2) + LEGACY_ARRAY):
         (tmp_path / "x.bin").write_bytes(content)
         assert_as_pytorch_reads(tmp_path / "x.bin")
 
@@ -249,14 +262,18 @@ def test_a_hostile_file(run_gsa, tmp_path, monkeypatch, kind):
     assert os.listdir(tmp_path) == ["source"] and "antigravity" not in set(sys.modules) - modules
 
 
+# A damaged byte may be the opcode of strings that are escaped as in Python's source.
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
 @pytest.mark.parametrize("archive", [True, False], ids=["archive", "legacy"])
 def test_damage_anywhere_is_a_line_or_harmless(tmp_path, archive):
     """Bytes changed, lost and added: a file is read, or refused as bad input; no other error gets out."""
     torch.save(OrderedDict(list(all_kinds().items())[:3]), tmp_path / "x.bin", _use_new_zipfile_serialization=archive)
     good, drawn, refused = (tmp_path / "x.bin").read_bytes(), random.Random(0), 0
-    for _ in range(1500):
+    for _ in range(600):
         damaged = bytearray(good)
         for _ in range(drawn.choice([1, 1, 3, 30])):
+            if len(damaged) < 100:
+                break
             # Half of the damage is done to the pickle, which stands in front.
             place = drawn.randrange(len(damaged) if drawn.random() < 0.5 else min(len(damaged), 900))
             how = drawn.randrange(4)
@@ -276,7 +293,7 @@ def test_damage_anywhere_is_a_line_or_harmless(tmp_path, archive):
         except InputError as error:
             assert str(tmp_path / "x.bin") in str(error)
             refused += 1
-    assert 500 < refused < 1500
+    assert 200 < refused < 600
 
 
 def test_a_key_of_many_levels_would_crash_pythons_own_unpickler():
