@@ -6,8 +6,6 @@ exits with code 2. Anything else that escapes is a bug and keeps its traceback.
 
 from collections.abc import Sequence
 
-_SHOWN = 5
-
 
 class InputError(ValueError):
     """Input from outside (a file, a flag, an argument) that cannot be used as it is."""
@@ -19,7 +17,7 @@ def first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def listed(phrases: Sequence[str]) -> str:
-    """The first five of them, and how many more there are."""
-    more = f"; and {len(phrases) - _SHOWN} more" if len(phrases) > _SHOWN else ""
-    return "; ".join(phrases[:_SHOWN]) + more
+def listed(phrases: Sequence[str], shown: int = 5) -> str:
+    """The first of them, and how many more there are."""
+    more = f"; and {len(phrases) - shown} more" if len(phrases) > shown else ""
+    return "; ".join(phrases[:shown]) + more

@@ -184,7 +184,7 @@ class RunCheckpoints:
                 raise ValueError("the list of its arrays cannot be read")
             misfits = _misfits(abstract, stored)
         if misfits:
-            raise InputError(f"{folder}: does not fit this run: {listed(misfits)}")
+            raise InputError(f"{folder}: does not fit this run: {listed(misfits, 10)}")
         with alone, _damage_in_any_process():
             named = ocp.load_checkpointables(str(folder), {"state": abstract})["state"]
         changed = _changed(checksums, _checksums(named, data))

@@ -185,7 +185,7 @@ def token_classifier(source: Path) -> list[object]:
 
 def placeholders(source: Path) -> list[object]:
     state = {name: torch.zeros(0) for name in tiny_tensors()}
-    return [write_bin_folder(source, state) / "pytorch_model.bin", "28 tensors are empty", "zero_to_fp32.py"]
+    return [write_bin_folder(source, state) / "pytorch_model.bin", "30 tensors are empty", "zero_to_fp32.py"]
 
 
 def two_containers(source: Path) -> list[object]:
@@ -199,7 +199,7 @@ def container_of_nothing(source: Path) -> list[object]:
 
 def another_model(source: Path) -> list[object]:
     state = {f"layer.{n}.weight": torch.zeros(3) for n in range(40)}
-    return [write_folder(source, state) / "model.safetensors", "68 tensors do not fit", "; and 63 more"]
+    return [write_folder(source, state) / "model.safetensors", "70 tensors do not fit", "; and 65 more"]
 
 
 def shards_elsewhere(source: Path) -> list[object]:
@@ -272,7 +272,7 @@ def integers(source: Path) -> list[object]:
 
 def doubles(source: Path) -> list[object]:
     tensors = {name: tensor.double() for name, tensor in tiny_tensors().items()}
-    return [write_bin_folder(source, tensors), f"{WTE} is float64; ", "; and 23 more; save the model in one of these"]
+    return [write_bin_folder(source, tensors), f"{WTE} is float64; ", "; and 25 more; save the model in one of these"]
 
 
 def config_not_json(source: Path) -> list[object]:

@@ -5,10 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
-import requests
 import torch
 
 from gsa_jax import GPTNeoConfig, SplatConfig
@@ -226,39 +224,6 @@ def test_the_command_says_what_it_did(run_gsa, tmp_path):
     added = NUM_LAYERS * NUM_HEADS * 3 * (8 + 1)
     for words in (f"attached ({added} parameters)", "none in the source", buffer, "mask buffer"):
         assert words in outcome.out
-
-
-def test_a_hub_id_is_downloaded(run_gsa, tmp_path, monkeypatch):
-    snapshot, asked = write_folder(tmp_path / "snapshot"), []
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda repo, **options: asked.append(repo) or str(snapshot)
-    )
-    assert run_gsa("convert", "owner/name", tmp_path / "out").code == 0
-    assert asked == ["owner/name"]
-    assert_same_tensors(load_tensors(tmp_path / "out")[1], read_safetensors(snapshot))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        requests.ConnectionError("HTTPSConnectionPool: connection refused\nsecond line"),
-        huggingface_hub.errors.LocalEntryNotFoundError("cannot find the snapshot\nsecond line"),
-        huggingface_hub.errors.OfflineModeIsEnabled("offline mode is enabled"),
-        # Other versions of the client have another HTTP library, whose errors have no common base with those.
-        type("ConnectError", (Exception,), {})("connection refused"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_a_hub_that_does_not_answer(run_gsa, tmp_path, monkeypatch, error):
-    def refuse(repo, **options):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    outcome = run_gsa("convert", "owner/name", tmp_path / "out")
-    assert outcome.code == 2 and outcome.err.count("\n") == 1
-    assert "owner/name: no such folder, and not to be had from the hub" in outcome.err
-    assert str(error).splitlines()[0] in outcome.err
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -192,7 +192,7 @@ def test_another_shape_is_not_damage(three_steps):
         checkpoints.restore(asked)
     message = str(refused.value)
     assert message.startswith(f"{three_steps / '30'}: does not fit this run: missing ema.transformer.ln_f.bias [16]; ")
-    assert "opt_state.1.0.nu.transformer.wte.weight has shape [32, 16], expected [32, 32]; and 2 more" in message
+    assert "params.transformer.wte.weight has shape [32, 16], expected [32, 32]" in message
     assert "params.transformer.ln_f.bias has dtype float32, expected bfloat16" in message
     assert "opt_state.1.0.mu.transformer.wte.weight has shape [32, 16], expected [32, 32]" in message
     assert sorted(path.name for path in three_steps.iterdir()) == ["10", "20", "30"]

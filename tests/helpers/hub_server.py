@@ -1,0 +1,113 @@
+"""A hub on this machine: a server that speaks as much of its HTTP interface as downloads of models use.
+
+May be changed here: what the server knows of that interface.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+
+@dataclasses.dataclass
+class Hub:
+    """Repositories, by `owner/name`, then by revision: folders.
+
+    Attributes:
+        token: which private repositories ask for.
+        private: repositories that are hidden from those who do not give it.
+        gated: repositories whose files are not given to anyone.
+        fetched: repository and path of each file that was downloaded.
+    """
+
+    url: str
+    repositories: dict[str, dict[str, Path]] = dataclasses.field(default_factory=dict)
+    token: str = "hf_token_of_the_tests"
+    private: set[str] = dataclasses.field(default_factory=set)
+    gated: set[str] = dataclasses.field(default_factory=set)
+    fetched: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def fetched_from(self, repository: str) -> list[str]:
+        return sorted(path for name, path in self.fetched if name == repository)
+
+
+def commit(folder: Path) -> str:
+    return hashlib.sha1(str(folder).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def hub_server() -> Iterator[Hub]:
+    """Serves until the block ends."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def refuse(self, status: int, code: str) -> None:
+            self.answer(status, b"{}", X_Error_Code=code, X_Error_Message=code)
+
+        def folder(self, name: str, revision: str) -> Path | None:
+            if name not in hub.repositories or (
+                name in hub.private and self.headers.get("Authorization") != f"Bearer {hub.token}"
+            ):
+                self.refuse(401 if "Authorization" not in self.headers else 404, "RepoNotFound")
+                return None
+            if name in hub.gated:
+                self.refuse(403, "GatedRepo")
+                return None
+            revisions = hub.repositories[name]
+            by_commit = {commit(folder): folder for folder in revisions.values()}
+            found = revisions.get(revision) or by_commit.get(revision)
+            if found is None:
+                self.refuse(404, "RevisionNotFound")
+            return found
+
+        def do_GET(self) -> None:
+            parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+            if parts[:2] == ["api", "models"]:
+                name = "/".join(parts[2:4])
+                folder = self.folder(name, parts[5] if parts[4:5] == ["revision"] else "main")
+                if folder is not None:
+                    files = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
+                    listed = {"id": name, "sha": commit(folder), "siblings": [{"rfilename": file} for file in files]}
+                    self.answer(200, json.dumps(listed).encode(), Content_Type="application/json")
+                return
+            name, path = "/".join(parts[:2]), "/".join(parts[4:])
+            folder = self.folder(name, parts[3]) if parts[2:3] == ["resolve"] else None
+            if folder is None:
+                return
+            if not (folder / path).is_file():
+                self.refuse(404, "EntryNotFound")
+                return
+            body = (folder / path).read_bytes()
+            if self.command == "GET":
+                hub.fetched.append((name, path))
+            self.answer(200, body, ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=commit(folder))
+
+        do_HEAD = do_GET
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub = Hub(f"http://127.0.0.1:{server.server_address[1]}")
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
