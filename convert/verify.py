@@ -87,6 +87,8 @@ def verify(
         checkpoint: the checkpoint folder.
         text: a UTF-8 file of documents, as `gsa_jax.text` reads them, to compare on besides random ids; the first 8
             rows of 512 tokens at most.
+        revision: of a hub's repository: a branch, a tag or a commit.
+        subfolder: of the source, that holds the model.
 
     Raises:
         InputError: PyTorch is not installed, a folder or the text cannot be used, or the two have different shapes.
@@ -163,9 +165,14 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
         raise InputError("gsa verify runs the PyTorch model; install it with: pip install 'gsa-jax[torch]'") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    loaded: Any = transformers.GPTNeoForCausalLM.from_pretrained(source.folder, output_loading_info=True)
-    model, info = loaded
     names = ""
+    try:
+        config = transformers.GPTNeoConfig.from_pretrained(source.folder)
+    except (ValueError, TypeError):  # its layers are named in a way that only `gsa_jax.config` reads
+        config = transformers.GPTNeoConfig.from_dict(source.config.to_hf())
+        names = ", configuration by our names"
+    loaded: Any = transformers.GPTNeoForCausalLM.from_pretrained(source.folder, config=config, output_loading_info=True)
+    model, info = loaded
     if info["missing_keys"] or any(parameter.is_meta for parameter in model.parameters()):
         # transformers fills tensors that it does not find with random numbers. It misses names behind a wrapper
         # (`module.`), which only `gsa_jax.convert.names` strips. And if the source holds the tied head in place of the
@@ -173,7 +180,7 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
         own = {name: torch.tensor(np.asarray(t, np.float32)) for name, t in tensors.items() if not is_splat(name)}
         model = transformers.GPTNeoForCausalLM(model.config)
         model.load_state_dict({**own, "lm_head.weight": own[TOKEN_EMBEDDING]}, strict=True)
-        names = ", weights by our names"
+        names += ", weights by our names"
     model = model.float().eval()
 
     def run_torch(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:

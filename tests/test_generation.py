@@ -99,6 +99,25 @@ def test_batch_equals_single_also_when_drawing_is_greedy_after_an_end(model: GPT
     assert alone.shape[1] <= 11 and alone[0, -1] == eos
 
 
+@pytest.mark.parity
+def test_any_of_several_tokens_ends_a_sequence(model: GPTNeoForCausalLM) -> None:
+    import torch
+
+    from helpers.hf_oracle import hf_model
+
+    settings: dict[str, Any] = {"window_size": 6, "attention_types": [[["local", "global"], 1]]}
+    prompt = random_ids(3, 8).tolist()
+    free = generate(model, [prompt], max_new_tokens=30, eos_token_id=-1)[0]
+    ends = [int(free[12]), int(free[5]), 50256]  # the last of them is no token of the model
+    with torch.no_grad():
+        expected = hf_model(**settings).generate(
+            torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=ends, pad_token_id=0
+        )
+    got = generate(tiny_model(**settings, eos_token_id=ends), [prompt], max_new_tokens=30)
+    np.testing.assert_array_equal(got, expected[:, len(prompt) :].numpy())
+    assert got.shape[1] <= 6
+
+
 def test_seed_decides_the_draws(model: GPTNeoForCausalLM) -> None:
     def draw(seed: int) -> np.ndarray:
         return generate(

@@ -1,5 +1,6 @@
 """Export: what Hugging Face loads from it is the model that was converted, bit for bit."""
 
+import json
 import os
 import subprocess
 import sys
@@ -133,6 +134,24 @@ def test_the_configuration_survives(tmp_path):
     assert GPTNeoConfig.from_hf(config).splats == SplatConfig(num_splats=2, window=7)
     convert(exported, tmp_path / "again")
     assert load_tensors(tmp_path / "again")[0] == load_tensors(tmp_path / "source checkpoint")[0]
+
+
+def test_fields_that_have_no_meaning_here_survive(tmp_path):
+    fields = {
+        "pad_token_id": 0,
+        "task_specific_params": {"text-generation": {"do_sample": True}},
+        "use_cache": False,
+        "classifier_dropout": 0.25,
+        "id2label": {"0": "yes"},
+        "of_our_own": [1, {"two": None}],
+    }
+    exported = there_and_back(write_folder(tmp_path / "source", config=tiny_config(eos_token_id=[0, 3], **fields)))
+    assert fields.items() <= json.loads((exported / "config.json").read_text()).items()
+    config = hf_loaded(exported)[0].config
+    assert (config.pad_token_id, config.of_our_own, config.eos_token_id) == (0, [1, {"two": None}], [0, 3])
+    convert(exported, tmp_path / "again")
+    again = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("source checkpoint", "again")]
+    assert again[0] == again[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -1,6 +1,8 @@
 """Conversion: every way in which weights are stored and named arrives bit for bit, whole or not at all."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,11 +88,87 @@ def test_dtype_rounds_as_pytorch_does(tmp_path, dtype):
     assert {str(splat.dtype) for splat in splats.values()} == {dtype}
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "_orig_mod.module.", "module.model."])
-def test_wrappers_are_stripped(tmp_path, prefix):
+@pytest.mark.parametrize(
+    ("before", "inside"),
+    [
+        ("module.", ""),
+        ("_orig_mod.module.", ""),
+        ("module.model.", ""),
+        ("base_model.model.", ""),
+        ("_forward_module.", "_checkpoint_wrapped_module."),
+        ("_fsdp_wrapped_module.", "_fsdp_wrapped_module._checkpoint_wrapped_module."),
+        ("", "_orig_mod."),
+    ],
+)
+def test_wrappers_are_left_out_wherever_they_stand(run_gsa, tmp_path, before, inside):
     tensors = tiny_tensors()
-    source = write_bin_folder(tmp_path / "source", {prefix + name: tensor for name, tensor in tensors.items()})
-    assert_same_tensors(converted(source, tmp_path / "out"), tensors)
+    state = {before + re.sub(r"(\.h\.\d+\.)", rf"\1{inside}", name): tensor for name, tensor in tensors.items()}
+    assert len(state.keys() & tensors.keys()) < len(tensors)
+    outcome = run_gsa("convert", write_bin_folder(tmp_path / "source", state), tmp_path / "out")
+    assert outcome.code == 0 and outcome.err == ""
+    assert_same_tensors(load_tensors(tmp_path / "out")[1], tensors)
+    wrappers = {part for part in f"{before}{inside}".split(".") if part}
+    assert set(json.loads((tmp_path / "out" / "conversion.json").read_text())["wrappers"]) == wrappers
+    assert "wrappers left out" in outcome.out and all(wrapper in outcome.out for wrapper in wrappers)
+
+
+def test_what_stood_around_a_state_dict_is_said(run_gsa, tmp_path):
+    tensors = tiny_tensors()
+    content = {"model": {"module": tensors, "ema": None}, "optimizer": {"state": {}}, "step": 3}
+    outcome = run_gsa("convert", write_bin_folder(tmp_path / "source", content), tmp_path / "out")
+    assert outcome.code == 0 and "taken out of" in outcome.out
+    assert_same_tensors(load_tensors(tmp_path / "out")[1], tensors)
+    said = json.loads((tmp_path / "out" / "conversion.json").read_text())["containers"]
+    assert said == ["pytorch_model.bin: model.module; left behind: optimizer, step, ema"]
+
+
+def test_files_travel_or_are_named(run_gsa, tmp_path, story_neo):
+    source = write_folder(tmp_path / "source", tiny_tensors(vocab_size=1024), tiny_config(vocab_size=1024))
+    shutil.copyfile(story_neo / "tokenizer.json", source / "tokenizer.json")
+    travelling = ("spiece.model", "tokenizer.model", "vocab.txt", "chat_template.jinja", "generation_config.json")
+    for number, name in enumerate((*travelling, "optimizer.pt", "README.md", "merges.txt.bak")):
+        (source / name).write_text(f"{number}", encoding="utf-8")
+    for folder in ("additional_chat_templates", "runs"):
+        (source / folder).mkdir()
+        (source / folder / "rag.jinja").write_text("{{ messages }}", encoding="utf-8")
+    outcome = run_gsa("convert", source, tmp_path / "out")
+    assert outcome.code == 0
+    report = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert report["left_behind"] == ["README.md", "merges.txt.bak", "optimizer.pt", "runs/"]
+    assert "README.md, merges.txt.bak, optimizer.pt, runs/" in outcome.out
+    assert run_gsa("export", tmp_path / "out", tmp_path / "exported").code == 0
+    for folder in (tmp_path / "out", tmp_path / "exported"):
+        for name in (*travelling, "tokenizer.json", "additional_chat_templates/rag.jinja"):
+            assert (folder / name).read_bytes() == (source / name).read_bytes()
+    assert not (tmp_path / "exported" / "config.carried.json").exists()
+
+
+def test_a_tokenizer_from_another_folder(run_gsa, tmp_path, story_neo):
+    source = write_folder(tmp_path / "bare", tiny_tensors(vocab_size=1024), tiny_config(vocab_size=1024))
+    assert run_gsa("convert", source, tmp_path / "without").code == 0
+    run_gsa("generate", tmp_path / "without", "--prompt", "Once").assert_refused("no tokenizer", "--tokenizer FOLDER")
+    assert run_gsa("convert", source, tmp_path / "with", "--tokenizer", story_neo).code == 0
+    text = "Once upon a time"
+    assert load_tokenizer(tmp_path / "with").encode(text) == load_tokenizer(story_neo).encode(text)
+    assert not (tmp_path / "with" / "generation_config.json").exists()  # of another model
+    small = write_folder(tmp_path / "small")
+    outcome = run_gsa("convert", small, tmp_path / "no", "--tokenizer", story_neo)
+    outcome.assert_refused(story_neo, "1024 tokens, the model 97")
+    outcome = run_gsa("convert", story_neo, tmp_path / "no", "--tokenizer", story_neo)
+    outcome.assert_refused(story_neo, "has a tokenizer")
+    run_gsa("convert", source, tmp_path / "no", "--tokenizer", tmp_path).assert_refused(tmp_path, "no tokenizer in it")
+    assert not (tmp_path / "no").exists()
+
+
+def test_special_tokens_beyond_the_vocabulary_are_a_warning(run_gsa, tmp_path):
+    config = tiny_config(bos_token_id=50256, eos_token_id=[97, 3])
+    outcome = run_gsa("convert", write_folder(tmp_path / "source", config=config), tmp_path / "out")
+    assert outcome.code == 0
+    for words in ("bos_token_id = 50256 is beyond the vocabulary of 97 tokens", "eos_token_id = 97 is beyond"):
+        assert f"gsa: warning: {words}" in outcome.err
+    assert len(json.loads((tmp_path / "out" / "conversion.json").read_text())["warnings"]) == 2
+    got = load_tensors(tmp_path / "out")[0]
+    assert (got.bos_token_id, got.eos_token_id) == (50256, (97, 3))
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
