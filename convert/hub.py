@@ -7,7 +7,6 @@ May be changed here: which files of a repository are downloaded, and in which or
 from __future__ import annotations
 
 import glob
-import sys
 from pathlib import Path
 
 from gsa_jax.checkpoint import CARRIED_FILE, CONFIG_FILE, TOKENIZER_FILES, is_hub_id
@@ -108,6 +107,9 @@ class _Repository:
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises, its HTTP library's errors included: requests', or httpx' from its version 1 on."""
-    httpx = sys.modules.get("httpx")
-    return (OSError, ValueError, *([] if httpx is None else [httpx.HTTPError]))
+    """What the hub's client raises, and what it lets through of its HTTP library, another one in each major version."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The client's own error is derived from the one that all errors of its HTTP library have in common.
+    bases = [base for base in HfHubHTTPError.__mro__ if issubclass(base, Exception) and base is not Exception]
+    return (OSError, ValueError, *bases)
