@@ -95,15 +95,18 @@ class _Repository:
         return Path(snapshot, self._prefix)
 
     def _from_cache(self, reason: Exception) -> Path:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import hf_hub_download
 
         try:
-            snapshot = snapshot_download(self._name, revision=self._revision, local_files_only=True)
+            # Not a whole snapshot, which the client would find incomplete: not every file was wanted.
+            config = hf_hub_download(
+                self._name, self._prefix + CONFIG_FILE, revision=self._revision, local_files_only=True
+            )
         except _hub_errors():
             raise InputError(
                 f"{self._name}: no such folder, and not to be had from the hub ({first_line(reason)})"
             ) from reason
-        return Path(snapshot, self._prefix)
+        return Path(config).parent
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:

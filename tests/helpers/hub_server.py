@@ -81,10 +81,25 @@ def hub_server() -> Iterator[Hub]:
             parts = unquote(urlsplit(self.path).path).strip("/").split("/")
             if parts[:2] == ["api", "models"]:
                 name = "/".join(parts[2:4])
-                folder = self.folder(name, parts[5] if parts[4:5] == ["revision"] else "main")
+                folder = self.folder(name, parts[5] if len(parts) > 5 else "main")
                 if folder is not None:
-                    files = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
-                    listed = {"id": name, "sha": commit(folder), "siblings": [{"rfilename": file} for file in files]}
+                    found = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+                    files = [str(file.relative_to(folder)) for file in found]
+                    listed: object = {
+                        "id": name,
+                        "sha": commit(folder),
+                        "siblings": [{"rfilename": file} for file in files],
+                    }
+                    if parts[4:5] == ["tree"]:  # which the client asks for from version 2 on
+                        listed = [
+                            {
+                                "type": "file",
+                                "path": path,
+                                "size": file.stat().st_size,
+                                "oid": hashlib.sha1(file.read_bytes()).hexdigest(),
+                            }
+                            for path, file in zip(files, found, strict=True)
+                        ]
                     self.answer(200, json.dumps(listed).encode(), Content_Type="application/json")
                 return
             name, path = "/".join(parts[:2]), "/".join(parts[4:])
