@@ -62,12 +62,21 @@ def own_names(hf: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("attention_types") is None:
         layers = values.get("attention_layers")
         if isinstance(layers, list | tuple) and all(isinstance(kind, str) for kind in layers):
-            values["attention_types"] = [[list(layers), 1]]
+            values["attention_types"] = [_pattern(list(layers))]
         elif layers is not None:
             raise InputError(f"attention_layers = {layers!r}: expected the kind of each layer")
         elif "attention_types" in values:
             raise InputError("attention_types = null: name the kinds of layers there or in attention_layers")
     return values
+
+
+def _pattern(layers: list[str]) -> list[Any]:
+    """The shortest pattern of which these layers are repeats, and how many there are."""
+    for length in range(1, len(layers)):
+        repeats = len(layers) // length
+        if layers[:length] * repeats == layers:
+            return [layers[:length], repeats]
+    return [layers, 1]
 
 
 def refuse_other_names(values: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -46,6 +46,10 @@ def test_a_number_of_heads_by_its_other_name_is_the_one_that_is_computed_with(tm
 
 def test_layers_may_be_named_one_by_one() -> None:
     layers = ["global", "local"]
+    many = read(attention_types=None, attention_layers=layers * 3, num_layers=6)
+    assert many == read(attention_types=[[layers, 3]], num_layers=6)
+    odd = read(attention_types=None, attention_layers=[*layers, "local"], num_layers=3)
+    assert odd.attention_layers == ("global", "local", "local")
     for changes in ({"attention_types": ...}, {"attention_types": None}):
         assert read(**changes, attention_layers=layers).attention_layers == ("global", "local")
     with pytest.raises(InputError, match="attention_types = null"):
