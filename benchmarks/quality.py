@@ -37,7 +37,8 @@ class Row:
 
     Attributes:
         attach: of `fit-init`; of `convert` if the row is to start from random splats.
-        again: of a second distillation, after importance is learned anew for what the first made of the splats.
+        again: of a second distillation, after importance is learned anew for what the first made of the splats. (After
+            the fine-tuning it would be worse for it: 1.00136 instead of 1.00131 in row `kept-64`.)
         documents: of the held-out text, the first so many; all if None.
     """
 

@@ -35,14 +35,20 @@ NEAR = 16
 """Window beside splats alone or kept keys alone: the least that the first layer's heads need."""
 
 SPLATS, KEPT, MIX = f"splats, window {NEAR}", f"kept keys, window {NEAR}", "chosen by layer"
-SHARES = ((2, 2, 1), (1, 2, 2), (1, 1, 2))
+SHARES = ((2, 2, 1), (1, 4, 2), (0, 4, 1))
 """Splats, window and kept keys in these proportions, in every layer."""
+
+
+def _name(splats: int, window: int, kept: int) -> str:
+    return f"S : W : M = {splats} : {window} : {kept}"
+
+
 WAYS: dict[str, Callable[[int], dict[str, Any]]] = {
     "window": lambda n: {"num_splats": 0, "window": n},
     SPLATS: lambda n: {"num_splats": n, "window": NEAR},
     KEPT: lambda n: {"num_splats": 0, "window": NEAR, "kept": n, "importance": "learned"},
 } | {
-    f"S : W : M = {s} : {w} : {m}": lambda n, s=s, w=w, m=m: {
+    _name(s, w, m): lambda n, s=s, w=w, m=m: {
         "num_splats": s * n,
         "window": w * n,
         "kept": m * n,
@@ -50,7 +56,7 @@ WAYS: dict[str, Callable[[int], dict[str, Any]]] = {
     }
     for s, w, m in SHARES
 }
-ARMS = {"window": "window-only", KEPT: "without-splats"}
+ARMS = {"window": "window-only", KEPT: "without-splats", _name(0, 4, 1): "without-splats"}
 """The arm of an evaluation that spends as a way says, where it is not the hybrid."""
 MARKERS = "s^vxd*o"
 EXACT = (512, 2048)

@@ -2,7 +2,8 @@
 
 Each way to spend on a layer is judged by the squared error that it makes on the layer's output of attention, on sampled
 rows, times what such an error costs the model. That price is measured, one layer at a time: how much the loss rises on
-calibration text with splats in this layer alone, divided by the error there. Costs of layers are added up.
+calibration text with splats in this layer alone, divided by the error there. Costs of layers are added up. A small
+error costs another price than a large one, so prices are measured once more at what the first ones chose.
 
 May be changed here: what may be chosen, and how it is judged.
 """
@@ -47,7 +48,10 @@ KEPT = (0, 8, 16, 32, 64, 128)
 """What a layer can have."""
 
 _PRICED = LayerSplats(16, 16, 0)
-"""What a layer has when its price is measured: little, so that the loss rises by more than noise."""
+"""What a layer has when its price is first measured: little, so that the loss rises by more than noise."""
+
+_LEAST_PRICE = 0.1
+"""Of the first one, below which no second one falls: rises may then be as small as noise."""
 
 _TOKENS = 16384
 """Of the text that is chosen by; as many again are compared on."""
@@ -149,25 +153,34 @@ def spend(
     exact = loss(plain, chosen_by)
     errors: dict[int, dict[LayerSplats, float]] = {}
     prices: dict[int, float] = {}
-    names = {f"layer {layer}": layer for layer in layers} | {"comparison": None}
-    best: Choice = ()
-    uniform, rise, uniform_rise = _PRICED, 0.0, 0.0
-    for name in progress(list(names)):
-        layer = names[name]
-        if layer is not None:
-            _, projected = next(projections(model, chosen_by.input_ids, chosen_by.attention_mask, (layer,)))
-            errors[layer] = _layer_errors(config, layer, projected, chosen_by, weights, list(sizes), seed)
-            alone = dataclasses.replace(splats, layers=(layer,))
-            risen = loss(with_choice(stored, alone, [_PRICED]), chosen_by) - exact
-            prices[layer] = max(risen, 1e-6) / errors[layer][_PRICED]
-            continue
+
+    def price(layer: int, at: LayerSplats) -> float:
+        alone = dataclasses.replace(splats, layers=(layer,))
+        return (loss(with_choice(stored, alone, [at]), chosen_by) - exact) / errors[layer][at]
+
+    def choose() -> tuple[Choice, LayerSplats]:
         costs = {layer: {x: prices[layer] * error for x, error in errors[layer].items()} for layer in layers}
-        best = cheapest(list(costs.values()), sizes, budget)
         same = [x for x, size in sizes.items() if size * len(layers) <= budget]
         uniform = min(same, key=lambda x: sum(of_layer[x] for of_layer in costs.values()))
-        exact = loss(plain, held_out)
-        rise = loss(with_choice(stored, splats, best), held_out) - exact
-        uniform_rise = loss(with_choice(stored, splats, [uniform]), held_out) - exact
+        return cheapest(list(costs.values()), sizes, budget), uniform
+
+    steps = iter(progress([*(f"layer {layer}" for layer in layers), "prices", "comparison"]))
+    for layer in layers:
+        next(steps)
+        _, projected = next(projections(model, chosen_by.input_ids, chosen_by.attention_mask, (layer,)))
+        errors[layer] = _layer_errors(config, layer, projected, chosen_by, weights, list(sizes), seed)
+        prices[layer] = max(price(layer, _PRICED), 1e-6)
+    next(steps)
+    first, _ = choose()
+    for layer, at in zip(layers, first, strict=True):
+        if errors[layer][at]:  # otherwise everything is seen exactly, at any price
+            prices[layer] = max(price(layer, at), _LEAST_PRICE * prices[layer])
+    next(steps)
+    best, uniform = choose()
+    exact = loss(plain, held_out)
+    rise = loss(with_choice(stored, splats, best), held_out) - exact
+    uniform_rise = loss(with_choice(stored, splats, [uniform]), held_out) - exact
+    next(steps, None)  # ends the progress
     return Budget(
         budget=budget,
         layers=tuple(

@@ -198,7 +198,7 @@ def fit_importance_anew(
     *,
     splats: SplatConfig | None = None,
     seed: int = 0,
-    tokens: int = 32768,
+    tokens: int = 131072,
     progress: Progress = iter,
 ) -> FitReport:
     """Writes a checkpoint with the splats of another, and with importance learned for them; all or nothing.
@@ -208,7 +208,8 @@ def fit_importance_anew(
 
     Args:
         folder: a checkpoint with splats.
-        out, text, seed, tokens, progress: as in `fit_init`.
+        out, text, seed, progress: as in `fit_init`.
+        tokens: as in `fit_init`, but more of them, because long rows say the most and are few.
         splats: what the checkpoint has, save for another window or another number of kept keys; as it has if None.
 
     Raises:

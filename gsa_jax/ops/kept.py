@@ -112,6 +112,44 @@ def choose(kept: Candidates, left: Candidates) -> tuple[Candidates, tuple[Int[Ar
     return Candidates(*(x[stays] for x in everything)), (everything.place[goes], goes_segment)
 
 
+def most_important(candidates: Candidates, count: int) -> Candidates:
+    """The `count` most important ones, the most important first; of equals, the earlier.
+
+    Only where every key that leaves the window comes behind those before it is the earlier one also the older one. That
+    is so for keys in the order of time, and for what this makes of two such parts, one behind the other.
+    """
+    order = jnp.arange(len(candidates.place))
+    segment, importance = candidates.segment, candidates.importance
+    more = jnp.where(order[:, None] < order, importance[:, None] >= importance, importance[:, None] > importance)
+    outranks = (segment[:, None] > segment) | ((segment[:, None] == segment) & more)
+    rank = jnp.sum(outranks, axis=0)
+    taken = jnp.sum(jnp.where(rank == order[:count, None], order, 0), axis=1)
+    return Candidates(*(x[taken] for x in candidates))
+
+
+def kept_before_each(kept: Candidates, left: Candidates) -> tuple[Candidates, Candidates]:
+    """The keys kept before each of some chunks, `[chunks, M]`, and after all of them; the least important first.
+
+    In a number of steps that grows with the logarithm of the number of chunks, for processors that are bound by it.
+
+    Args:
+        kept: those before all chunks, the least important first.
+        left: the keys that leave the window in each, `[chunks, C]`.
+    """
+    count = len(kept.place)
+    chunks = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, max(count - x.shape[1], 0)))), left)
+    parts = jax.vmap(lambda chunk: most_important(chunk, count))(chunks)
+    first = jax.tree.map(lambda x: x[None, ::-1], kept)
+    parts = jax.tree.map(lambda *both: jnp.concatenate(both), first, parts)
+
+    def both(before: Candidates, after: Candidates) -> Candidates:
+        pair = Candidates(*(jnp.concatenate(x, axis=1) for x in zip(before, after, strict=True)))
+        return jax.vmap(lambda one: most_important(one, count))(pair)
+
+    found = jax.tree.map(lambda x: x[:, ::-1], jax.lax.associative_scan(both, parts))
+    return jax.tree.map(lambda x: x[:-1], found), jax.tree.map(lambda x: x[-1], found)
+
+
 def least_important_first(state: SplatState) -> SplatState:
     """The same, with the kept keys in the order that `choose_in_groups` takes."""
     order = jnp.lexsort((-state.kept_slot, state.kept_importance, state.kept_slot >= 0))
@@ -152,15 +190,14 @@ def choose_in_groups(
     blocks = -(-size // _BLOCK)
     block = -(-size // blocks)
 
-    def chunk(kept: Candidates, given: tuple[jax.Array, ...]) -> tuple[Candidates, Choice]:
-        importance, segment, place = given
+    def chunk(kept: Candidates, leaving: Candidates) -> tuple[Candidates, Choice]:
         mine = jnp.arange(count + size)
-        left = Candidates(importance, segment, mine[count:])
+        left = leaving._replace(place=mine[count:])
         left = jax.tree.map(lambda x: jnp.pad(x, (0, blocks * block - size)).reshape(blocks, block), left)
         after, going = jax.lax.scan(choose, kept._replace(place=mine[:count]), left)
         goes, goes_segment = (x.reshape(-1)[:size] for x in going)
         until = jnp.full(count + size, size).at[goes].set(jnp.arange(size), unique_indices=True)
-        place = jnp.concatenate([kept.place, place])
+        place = jnp.concatenate([kept.place, leaving.place])
         choice = Choice(kept.place, kept.segment, until, place[goes], goes_segment)
         return after._replace(place=place[after.place]), choice
 
@@ -168,7 +205,12 @@ def choose_in_groups(
         carried: tuple[Candidates, jax.Array], given: tuple[jax.Array, ...]
     ) -> tuple[tuple[Candidates, jax.Array], tuple[Choice, jax.Array]]:
         (kept, kept_slot), (importance, segment, slot) = carried, given
-        after, choices = jax.lax.scan(chunk, kept, (importance, segment, places))
+        left = Candidates(importance, segment, places)
+        if chunks == 1:
+            after, choices = jax.lax.scan(chunk, kept, left)
+        else:
+            before, after = kept_before_each(kept, left)
+            _, choices = jax.vmap(chunk)(before, left)
         kept_slot = jnp.concatenate([kept_slot, slot])[after.place]
         return (after._replace(place=jnp.arange(count)), kept_slot), (choices, after.place)
 

@@ -206,8 +206,8 @@ def test_ties_and_orders_of_importance(order: str) -> None:
             assert (oldest == jnp.arange(KEPT)).all()
     if order != "equal":  # norms of 1 differ in their last bits
         assert relative_error(want, oracle(case, WINDOW, KEPT)[0]) < 3e-6
-    for implementation in ("chunked", "recurrent"):
-        output, got = compiled(WINDOW, implementation, kept=KEPT)(case)
+    for implementation, at_once in (("chunked", 1), ("chunked", 3), ("recurrent", None)):
+        output, got = compiled(WINDOW, implementation, chunks_at_once=at_once, kept=KEPT)(case)
         assert relative_error(output, want) < 3e-6
         assert_close(got, state, 1e-5)
 
@@ -235,8 +235,8 @@ def test_a_sharp_key_far_away_is_seen_exactly() -> None:
     assert errors[1] < 0.02 < 0.5 < errors[0]
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
-def test_each_document_keeps_its_own(implementation: str) -> None:
+@pytest.mark.parametrize(("implementation", "at_once"), [("reference", None), ("chunked", 1), ("chunked", 2)])
+def test_each_document_keeps_its_own(implementation: str, at_once: int | None) -> None:
     segments = np.stack([np.repeat([1, 2, 0, 5], [18, 1, 3, 28]), np.repeat([0, 3, 4, 0], [2, 30, 17, 1])])
     case = draw(LENGTH, SPLATS, optional=True)
 
@@ -251,7 +251,8 @@ def test_each_document_keeps_its_own(implementation: str) -> None:
             kept=KEPT,
             segment_ids=segments,
             implementation=implementation,  # type: ignore[arg-type]
-            chunk_size=16 if implementation == "chunked" else None,
+            chunk_size=16 if at_once else None,
+            chunks_at_once=at_once,
         )[0]
 
     output = call(case.key)
