@@ -350,6 +350,7 @@ class GPTNeoConfig:
         return self.to_hf() | {
             "architectures": ["GSAForCausalLM"],
             "model_type": SPLAT_MODEL_TYPE,
+            "tokenizer_class": "GPT2Tokenizer",  # which transformers knows of gpt_neo, if its files name no other
             "attention_layers": ["splats" if n in self.splat_layers else kind for n, kind in kinds],
         }
 

@@ -8,5 +8,9 @@ May be changed here: which files these are.
 
 CODE_FILES = ("configuration_gsa.py", "modeling_gsa.py")
 
-AUTO_MAP = {"AutoConfig": "configuration_gsa.GSAConfig", "AutoModelForCausalLM": "modeling_gsa.GSAForCausalLM"}
+AUTO_MAP = {
+    "AutoConfig": "configuration_gsa.GSAConfig",
+    "AutoModel": "modeling_gsa.GSAModel",
+    "AutoModelForCausalLM": "modeling_gsa.GSAForCausalLM",
+}
 """For a `config.json`: which class of these files `transformers` takes for what."""

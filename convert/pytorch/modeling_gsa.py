@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GPTNeoForCausalLM
+from transformers import GPTNeoForCausalLM, GPTNeoModel, GPTNeoPreTrainedModel
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
 from .configuration_gsa import GSAConfig
@@ -85,10 +85,6 @@ class GSASelfAttention(GPTNeoSelfAttention):
             return super()._attn(query, key, value, attention_mask, *head_mask)
         batch, heads, length, _ = query.shape
         slots = key.shape[2]
-        seen = torch.ones(length, slots, dtype=torch.bool, device=query.device).tril(slots - length)[None, None]
-        if attention_mask is not None:
-            mask = attention_mask[..., :slots]
-            seen = seen & (mask if mask.dtype == torch.bool else mask == 0)
         size = max(1, _AT_ONCE // (batch * heads * slots * max(1, self.num_splats)))
         outputs = []
         with torch.autocast(query.device.type, enabled=False):
@@ -96,29 +92,38 @@ class GSASelfAttention(GPTNeoSelfAttention):
             for first in range(0, length, size):
                 rows = slice(first, first + size)
                 end = min(slots - length + first + size, slots)  # later keys are seen by none of these queries
-                given = query[:, :, rows], key[:, :, :end], value[:, :, :end], rank[:, :, :end], seen[:, :, rows, :end]
+                mask = None if attention_mask is None else attention_mask[:, :, rows, :end]
+                given = query[:, :, rows], key[:, :, :end], value[:, :, :end], rank[:, :, :end], mask, *head_mask
                 if torch.is_grad_enabled():
                     # The backward pass computes the scores anew, and again for these queries alone.
-                    outputs.append(checkpoint(self._read, *given, *head_mask, use_reentrant=False))
+                    outputs.append(checkpoint(self._read, *given, use_reentrant=False))
                 else:
-                    outputs.append(self._read(*given, *head_mask))
+                    outputs.append(self._read(*given))
         return torch.cat(outputs, dim=2).to(value.dtype), None
 
     def _read(
-        self, query: Tensor, key: Tensor, value: Tensor, rank: Tensor, seen: Tensor, head_mask: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rank: Tensor,
+        attention_mask: Tensor | None,
+        head_mask: Tensor | None = None,
     ) -> Tensor:
         """The output of some queries `[B, H, C, D]`, the last of which is at the slot of the last key."""
         query, key, value = _wide(query), _wide(key), _wide(value)
-        count, slots = seen.shape[-2:]
+        count, slots = query.shape[2], key.shape[2]
         slot = torch.arange(slots, device=query.device)
-        beyond = slot[slots - count :, None] - slot >= self.window
-        exact = ~beyond | self._is_kept(rank, seen & beyond)
+        distance = slot[slots - count :, None] - slot
+        seen = (distance >= 0)[None, None]
+        if attention_mask is not None:
+            seen = seen & (attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0)
+        exact = (distance < self.window) | self._is_kept(rank, seen & (distance >= self.window))
         near = query @ key.transpose(-1, -2)
         far = self._far(query, key) if self.num_splats else torch.full_like(near, -torch.inf)
         score = torch.where(exact, near, far)
-        # The lowest finite number, so that padding that sees no key does not become NaN; any weight of it is 0 beside
-        # that of a key which is seen.
-        weights = score.masked_fill(~seen, torch.finfo(score.dtype).min).softmax(dim=-1)
+        # The lowest finite number, because -inf would give NaN for padding that sees no key. Its output is 0.
+        weights = score.masked_fill(~seen, torch.finfo(score.dtype).min).softmax(dim=-1).masked_fill(~seen, 0)
         weights = self.attn_dropout(weights)
         if head_mask is not None:
             weights = weights * head_mask
@@ -155,41 +160,57 @@ class GSASelfAttention(GPTNeoSelfAttention):
 
     def _is_kept(self, rank: Tensor, far: Tensor) -> Tensor:
         """Which keys `[B, H, C, K]` each query keeps, of those that are far from it."""
-        slots = rank.shape[-1]
         far = far.expand(*rank.shape[:2], *far.shape[2:])
-        first = torch.where(far, rank[:, :, None], slots).topk(min(self.kept, slots), largest=False).indices
+        last = torch.iinfo(rank.dtype).max  # for keys that are not far
+        first = torch.where(far, rank[:, :, None], last).topk(min(self.kept, rank.shape[-1]), largest=False).indices
         return far & torch.zeros_like(far).scatter(-1, first, True)
 
 
-class GSAForCausalLM(GPTNeoForCausalLM):
-    """GPT-Neo, with `GSASelfAttention` in the layers that have splats.
-
-    In a model of 16 bits the splats remain float32: they are small, and sigma is the exponential of a parameter.
-    """
+class GSAPreTrainedModel(GPTNeoPreTrainedModel):
+    """What models with splats have in common."""
 
     config_class = GSAConfig
     _supports_flash_attn = False
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """New splats: distinct centres, scales of 1, and terms that change nothing."""
+        super()._init_weights(module)
+        if not isinstance(module, GSASelfAttention):
+            return
+        for name, parameter in module.named_parameters(recurse=False):
+            if getattr(parameter, "_is_hf_initialized", False):
+                continue
+            with torch.no_grad():
+                parameter.normal_() if name == "splat_centers" else parameter.zero_()
+                if name == "splat_importance":
+                    parameter[:, -1] = 1
+
+    def _keep_splats_in_float32(self) -> None:
+        """Also in a model of 16 bits: they are small, and sigma is the exponential of a parameter."""
+        names = {name.rpartition(".")[2] for name, _ in self.named_parameters()}
+        self._keep_in_fp32_modules_strict = {name for name in names if name.startswith("splat_")}
+
+
+class GSAModel(GSAPreTrainedModel, GPTNeoModel):
+    """GPT-Neo without a head, with `GSASelfAttention` in the layers that have splats."""
+
     def __init__(self, config: GSAConfig) -> None:
         super().__init__(config)
-        names = set()
-        for layer, block in enumerate(self.transformer.h):
+        for layer, block in enumerate(self.h):
             if config.layer_splats(layer) is not None:
                 block.attn.attention = GSASelfAttention(config, config.attention_layers[layer], layer)
-                names |= {name for name, _ in block.attn.attention.named_parameters(recurse=False)}
-        self._keep_in_fp32_modules_strict = names
+        self._keep_splats_in_float32()
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initial splats, of a new model: distinct centres, scales of 1, and terms that change nothing."""
-        super()._init_weights(module)
-        if isinstance(module, GSASelfAttention):
-            for name, parameter in module.named_parameters(recurse=False):
-                if not getattr(parameter, "_is_hf_initialized", False):
-                    with torch.no_grad():
-                        parameter.normal_() if name == "splat_centers" else parameter.zero_()
-                        if name == "splat_importance":
-                            parameter[:, -1] = 1
+
+class GSAForCausalLM(GSAPreTrainedModel, GPTNeoForCausalLM):
+    """The same with GPT-Neo's head, which is tied to the token embedding."""
+
+    def __init__(self, config: GSAConfig) -> None:
+        super().__init__(config)
+        self.transformer = GSAModel(config)
+        self._keep_splats_in_float32()
+        self.post_init()
 
 
 def _wide(x: Tensor) -> Tensor:
