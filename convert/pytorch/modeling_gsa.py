@@ -62,8 +62,9 @@ class GSASelfAttention(GPTNeoSelfAttention):
         for name, shape in shapes.items():
             exists = splats and shape is not None
             self.register_parameter(f"splat_{name}", nn.Parameter(torch.zeros(shape)) if exists else None)
-        importance = nn.Parameter(torch.zeros(heads, 2 * dim + 1), requires_grad=False)
-        self.register_parameter("splat_importance", importance if config.splats["importance"] == "learned" else None)
+        # What transformers 5 loads into a parameter has a gradient; into a buffer, it has none.
+        importance = torch.zeros(heads, 2 * dim + 1, dtype=torch.float32)
+        self.register_buffer("splat_importance", importance if config.splats["importance"] == "learned" else None)
 
     def _attn(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *head_mask: Tensor | None
@@ -177,13 +178,12 @@ class GSAPreTrainedModel(GPTNeoPreTrainedModel):
         super()._init_weights(module)
         if not isinstance(module, GSASelfAttention):
             return
-        for name, parameter in module.named_parameters(recurse=False):
-            if getattr(parameter, "_is_hf_initialized", False):
-                continue
-            with torch.no_grad():
-                parameter.normal_() if name == "splat_centers" else parameter.zero_()
-                if name == "splat_importance":
-                    parameter[:, -1] = 1
+        for name, x in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if name.startswith("splat_") and not getattr(x, "_is_hf_initialized", False):
+                with torch.no_grad():
+                    x.normal_() if name == "splat_centers" else x.zero_()
+                    if name == "splat_importance":
+                        x[:, -1] = 1
 
     def _keep_splats_in_float32(self) -> None:
         """Also in a model of 16 bits: they are small, and sigma is the exponential of a parameter."""

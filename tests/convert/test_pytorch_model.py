@@ -3,6 +3,7 @@
 May be changed here: the grid of configurations. Neither implementation knows of the other.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -61,8 +62,9 @@ def attention(splats: Splats, window: int, kept: int) -> GSASelfAttention:
     layer = GSASelfAttention(
         hf_config(shape | {"attention_types": [[["global"], 1]], "splats": settings | terms}), "global", 0
     )
-    for name, parameter in layer.named_parameters(recurse=False):
-        parameter.data = torch.from_numpy(np.array(getattr(splats, name.removeprefix("splat_"))))
+    own = {field.name: getattr(splats, field.name) for field in dataclasses.fields(splats)}
+    tensors = {f"splat_{name}": torch.from_numpy(np.array(x)) for name, x in own.items() if x is not None and x.size}
+    assert not layer.load_state_dict(tensors, strict=False).unexpected_keys
     return layer
 
 
@@ -138,7 +140,6 @@ def test_outputs_and_gradients_are_those_of_the_definition(name):
     for got, expected in zip(inputs, gradients[:3], strict=True):
         assert got.grad is not None
         assert relative_error(got.grad.transpose(1, 2), expected, 1.0) < 10 * tolerance
-    assert layer.splat_importance is None or layer.splat_importance.grad is None
     for term in NAMES:
         parameter, expected = getattr(layer, f"splat_{term}"), getattr(gradients[3], term)
         if parameter is not None:
@@ -185,14 +186,14 @@ class Largest(TorchDispatchMode):
 
 
 def test_memory_is_bounded_in_both_passes(monkeypatch):
-    """All scores `[B, H, T, T]` would be 2^18 numbers, and through single splats 2^22."""
-    monkeypatch.setattr(modeling_gsa, "_AT_ONCE", 2**16)
-    case = draw(256, 16, optional=True)
+    """All scores `[B, H, T, T]` would be 2^16 numbers, and through single splats 2^20."""
+    monkeypatch.setattr(modeling_gsa, "_AT_ONCE", 2**15)
+    case = draw(128, 16, optional=True)
     inputs = [to_torch(x).requires_grad_() for x in case[:3]]
     layer = attention(case.splats, 5, 4)
     with Largest() as largest:
         layer._attn(*inputs)[0].sum().backward()
-    assert largest.elements == 2**16
+    assert largest.elements == 2**15
 
 
 def test_a_window_that_holds_all_is_gpt_neos_attention():
@@ -235,7 +236,7 @@ def test_a_mask_may_be_of_bools_and_hold_more_keys_than_there_are():
     assert torch.equal(layer._attn(*inputs, torch.nn.functional.pad(mask, (0, 3)))[0], want)
 
 
-@pytest.mark.parametrize("mode", [x if x in ("kept", "by layer") else pytest.param(x, marks=SLOW) for x in MODES])
+@pytest.mark.parametrize("mode", [x if x == "kept" else pytest.param(x, marks=SLOW) for x in MODES])
 def test_logits_and_greedy_tokens_of_a_padded_batch(monkeypatch, mode):
     """With a cache there, and a state here."""
     monkeypatch.setitem(_SCHEDULES, "cpu", Schedule(8, 0))  # small programs
@@ -263,5 +264,4 @@ def test_a_model_that_has_learned_nothing():
     for name in ("log_scales", *TERMS):
         assert not getattr(layer, f"splat_{name}").any()
     assert torch.equal(layer.splat_importance, torch.eye(17)[-1].expand(4, 17))
-    assert not layer.splat_importance.requires_grad
     assert 0.2 < layer.q_proj.weight.std() < 0.4  # the configuration says 0.3
