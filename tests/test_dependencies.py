@@ -77,7 +77,7 @@ def test_dependencies_point_one_way(module: str) -> None:
 @pytest.mark.parametrize("name", sorted(EXPORTED))
 def test_files_that_are_exported_need_nothing_of_this_package(name: str) -> None:
     packages = {x.split(".")[0] for x in imports(MODULES[f"gsa_jax.convert.pytorch.{name}"])}
-    assert packages <= {"__future__", "typing", "torch", "transformers", *EXPORTED}
+    assert packages <= {"__future__", "math", "typing", "torch", "transformers", *EXPORTED}
 
 
 def test_pytorch_is_imported_where_it_is_read_or_compared_and_nowhere_else() -> None:

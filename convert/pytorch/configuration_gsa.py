@@ -51,5 +51,5 @@ class GSAConfig(GPTNeoConfig):
             layers = [n for n, kind in enumerate(self.attention_layers) if layers in ("all", kind)]
         if layer not in layers:
             return None
-        values = [self.splats["num_splats"], self.splats["window"], self.splats["kept"]]
-        return LayerSplats(*(value[layers.index(layer)] if isinstance(value, list) else value for value in values))
+        values = (self.splats[name] for name in LayerSplats._fields)
+        return LayerSplats(*(x[layers.index(layer)] if isinstance(x, list | tuple) else x for x in values))

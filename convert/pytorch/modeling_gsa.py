@@ -21,6 +21,9 @@ May be changed here: nothing but how the definition is computed.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -46,11 +49,19 @@ class GSASelfAttention(GPTNeoSelfAttention):
             without a gradient; `None` means `|key|^2` alone.
     """
 
+    splat_centers: Tensor
+    splat_log_scales: Tensor
+    splat_log_amplitudes: Tensor | None
+    splat_norm_gain: Tensor | None
+    splat_far_gain: Tensor | None
+    splat_importance: Tensor | None
+
     def __init__(self, config: GSAConfig, attention_type: str, layer_id: int) -> None:
         super().__init__(config, attention_type, layer_id)
         own = config.layer_splats(layer_id)
         assert own is not None and config.splats is not None, "layers without splats are GPT-Neo's own"
-        self.num_splats, self.window, self.kept = own
+        self.num_splats, self.kept = own.num_splats, own.kept
+        self.window = math.inf if own.window == "all" else int(own.window)
         heads, dim, splats = self.num_heads, self.head_dim, self.num_splats
         shapes = {
             "centers": (heads, splats, dim),
@@ -60,14 +71,19 @@ class GSASelfAttention(GPTNeoSelfAttention):
             "far_gain": (heads,) if config.splats["far_gain"] else None,
         }
         for name, shape in shapes.items():
-            exists = splats and shape is not None
-            self.register_parameter(f"splat_{name}", nn.Parameter(torch.zeros(shape)) if exists else None)
+            parameter = None if shape is None or not splats else nn.Parameter(torch.zeros(shape))
+            self.register_parameter(f"splat_{name}", parameter)
         # What transformers 5 loads into a parameter has a gradient; into a buffer, it has none.
         importance = torch.zeros(heads, 2 * dim + 1, dtype=torch.float32)
         self.register_buffer("splat_importance", importance if config.splats["importance"] == "learned" else None)
 
     def _attn(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *head_mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends with the last T of K tokens as queries.
 
@@ -82,8 +98,9 @@ class GSASelfAttention(GPTNeoSelfAttention):
         Returns:
             The output `[B, H, T, D]`, and no weights: nothing holds all of them at once.
         """
-        if self.window == "all":
-            return super()._attn(query, key, value, attention_mask, *head_mask)
+        if self.window == math.inf:
+            of_transformers_4 = () if head_mask is None else (head_mask,)
+            return super()._attn(query, key, value, attention_mask, *of_transformers_4)
         batch, heads, length, _ = query.shape
         slots = key.shape[2]
         size = max(1, _AT_ONCE // (batch * heads * slots * max(1, self.num_splats)))
@@ -94,7 +111,7 @@ class GSASelfAttention(GPTNeoSelfAttention):
                 rows = slice(first, first + size)
                 end = min(slots - length + first + size, slots)  # later keys are seen by none of these queries
                 mask = None if attention_mask is None else attention_mask[:, :, rows, :end]
-                given = query[:, :, rows], key[:, :, :end], value[:, :, :end], rank[:, :, :end], mask, *head_mask
+                given = query[:, :, rows], key[:, :, :end], value[:, :, :end], rank[:, :, :end], mask, head_mask
                 if torch.is_grad_enabled():
                     # The backward pass computes the scores anew, and again for these queries alone.
                     outputs.append(checkpoint(self._read, *given, use_reentrant=False))
@@ -196,6 +213,7 @@ class GSAModel(GSAPreTrainedModel, GPTNeoModel):
 
     def __init__(self, config: GSAConfig) -> None:
         super().__init__(config)
+        block: Any
         for layer, block in enumerate(self.h):
             if config.layer_splats(layer) is not None:
                 block.attn.attention = GSASelfAttention(config, config.attention_layers[layer], layer)
