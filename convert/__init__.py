@@ -5,6 +5,7 @@ reader.py       formats of weight files         torch_files.py  that of PyTorch,
 names.py        which tensor is which parameter
 importer.py     PyTorch -> checkpoint           exporter.py     checkpoint -> Hugging Face folder
 verify.py       both models, side by side       splat_folder.py trained splats without their model
+pytorch/        the model with splats in PyTorch, copied into exports
 
 May be changed here: this map, and which names are public.
 """

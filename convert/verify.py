@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gsa_jax.checkpoint import load_tensors, load_tokenizer
-from gsa_jax.config import GPTNeoConfig
+from gsa_jax.checkpoint import CONFIG_FILE, load_tensors, load_tokenizer
+from gsa_jax.config import SPLAT_MODEL_TYPE, GPTNeoConfig
 from gsa_jax.convert.importer import read_tensors
 from gsa_jax.convert.names import plan
 from gsa_jax.convert.reader import Source, open_source
@@ -82,8 +83,11 @@ def verify(
 ) -> list[Comparison]:
     """Compares a checkpoint's logits with Hugging Face PyTorch's and, if it is installed, Hugging Face Flax's.
 
+    Both are computed with exact attention, unless the source is an export with splats: then they are computed through
+    the splats, in PyTorch by this package's own copy of the export's code.
+
     Args:
-        source: the Hugging Face folder, or hub id, that the checkpoint was converted from.
+        source: the Hugging Face folder, or hub id, that the checkpoint was converted from, or exported to.
         checkpoint: the checkpoint folder.
         text: a UTF-8 file of documents, as `gsa_jax.text` reads them, to compare on besides random ids; the first 8
             rows of 512 tokens at most.
@@ -95,9 +99,12 @@ def verify(
     """
     opened = open_source(source, revision=revision, subfolder=subfolder)
     config, tensors = load_tensors(checkpoint)
-    config = config.with_window("all")  # with all keys exact, whatever the checkpoint is used with
     planned = plan(opened.config, {name: tensor.shape for name, tensor in opened.tensors.items()})
-    if dataclasses.replace(planned.config, splats=config.splats) != config:
+    theirs = planned.config
+    if not _computes_through_splats(opened):
+        config = config.with_window("all")  # with all keys exact, whatever the checkpoint is used with
+        theirs = dataclasses.replace(theirs, splats=config.splats)
+    if theirs != config:
         raise InputError(f"{checkpoint}: has another configuration than {opened.folder}; was it converted from there?")
     inputs = [("random ids", *_random_ids(config))]
     if text is not None:
@@ -157,6 +164,10 @@ def _text_ids(text: Path, config: GPTNeoConfig, checkpoint: str | Path) -> tuple
     return rows.input_ids[:_MAX_TEXT_ROWS], rows.attention_mask[:_MAX_TEXT_ROWS]
 
 
+def _computes_through_splats(source: Source) -> bool:
+    return json.loads((source.folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_type"] == SPLAT_MODEL_TYPE
+
+
 def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[str, Oracle]]:
     try:
         import torch
@@ -165,20 +176,27 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
         raise InputError("gsa verify runs the PyTorch model; install it with: pip install 'gsa-jax[torch]'") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    through_splats = _computes_through_splats(source)
+    model_class: Any = transformers.GPTNeoForCausalLM
+    config_class: Any = transformers.GPTNeoConfig
+    if through_splats:
+        from gsa_jax.convert.pytorch.configuration_gsa import GSAConfig as config_class
+        from gsa_jax.convert.pytorch.modeling_gsa import GSAForCausalLM as model_class
     names = ""
     try:
-        config = transformers.GPTNeoConfig.from_pretrained(source.folder)
+        config = config_class.from_pretrained(source.folder)
     except (ValueError, TypeError):  # its layers are named in a way that only `gsa_jax.config` reads
-        config = transformers.GPTNeoConfig.from_dict(source.config.to_hf())
+        config = config_class.from_dict(source.config.to_hf())
         names = ", configuration by our names"
-    loaded: Any = transformers.GPTNeoForCausalLM.from_pretrained(source.folder, config=config, output_loading_info=True)
+    loaded: Any = model_class.from_pretrained(source.folder, config=config, output_loading_info=True)
     model, info = loaded
     if info["missing_keys"] or any(parameter.is_meta for parameter in model.parameters()):
         # transformers fills tensors that it does not find with random numbers. It misses names behind a wrapper
         # (`module.`), which only `gsa_jax.convert.names` strips. And if the source holds the tied head in place of the
         # embedding, the embedding is left without data.
-        own = {name: torch.tensor(np.asarray(t, np.float32)) for name, t in tensors.items() if not is_splat(name)}
-        model = transformers.GPTNeoForCausalLM(model.config)
+        used = {name: tensor for name, tensor in tensors.items() if through_splats or not is_splat(name)}
+        own = {name: torch.tensor(np.asarray(tensor, np.float32)) for name, tensor in used.items()}
+        model = model_class(model.config)
         model.load_state_dict({**own, "lm_head.weight": own[TOKEN_EMBEDDING]}, strict=True)
         names += ", weights by our names"
     model = model.float().eval()
@@ -193,9 +211,10 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
             )
         return output.logits.numpy()
 
-    yield f"PyTorch (transformers {transformers.__version__}){names}", run_torch
-    if int(transformers.__version__.split(".")[0]) >= 5:
-        return  # Flax models are gone from there
+    what = ", through splats" if through_splats else ""
+    yield f"PyTorch (transformers {transformers.__version__}){what}{names}", run_torch
+    if through_splats or int(transformers.__version__.split(".")[0]) >= 5:
+        return  # Flax models are gone from there, and know no splats
     # Imported by name, because a type checker may look at transformers 5.
     flax_class = importlib.import_module("transformers.models.gpt_neo.modeling_flax_gpt_neo").FlaxGPTNeoForCausalLM
     bridge = importlib.import_module("transformers.modeling_flax_pytorch_utils")

@@ -21,6 +21,9 @@ ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "si
 
 ATTENTION_KINDS = ("global", "local")
 
+SPLAT_MODEL_TYPE = "gsa_gpt_neo"
+"""The `model_type` of a Hugging Face folder whose attention goes through its splats; `gpt_neo` is exact there."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 """Of parameters and of the computation."""
 
@@ -328,7 +331,7 @@ class GPTNeoConfig:
         """
         values = own_names(hf if isinstance(hf, Mapping) else hf.to_dict())
         model_type = values.get("model_type", "gpt_neo")
-        if model_type != "gpt_neo":
+        if model_type not in ("gpt_neo", SPLAT_MODEL_TYPE):
             raise InputError(f"model_type = {model_type!r}: only 'gpt_neo' models are supported")
         splats = values.get("splats")
         if splats is not None and not isinstance(splats, SplatConfig):
@@ -341,7 +344,7 @@ class GPTNeoConfig:
                 raise InputError(f"splats = {splats!r}: {error}") from None
         own = {field.name for field in dataclasses.fields(cls)} - {"splats", *_NOT_STORED}
         config = cls(splats=splats, **{name: value for name, value in values.items() if name in own})
-        listed = values.get("attention_layers")
+        listed = values.get("attention_layers") if model_type == "gpt_neo" else None
         if listed is not None and listed not in (config.attention_layers, list(config.attention_layers)):
             raise InputError(f"attention_layers = {listed!r} contradicts attention_types")
         refuse_other_names(
@@ -352,7 +355,7 @@ class GPTNeoConfig:
         return config
 
     def to_hf(self) -> dict[str, Any]:
-        """The dict for a `config.json` that `transformers` 4 and 5 read as a `GPTNeoConfig`."""
+        """The dict for a `config.json` that `transformers` 4 and 5 read as a `GPTNeoConfig`: as the exact model."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_STORED}
         values["attention_types"] = [[list(pattern), repeats] for pattern, repeats in self.attention_types]
         values["attention_layers"] = list(self.attention_layers)
@@ -361,6 +364,19 @@ class GPTNeoConfig:
         if self.splats is None:
             del values["splats"]
         return {"architectures": ["GPTNeoForCausalLM"], "model_type": "gpt_neo", **values}
+
+    def to_hf_with_splats(self) -> dict[str, Any]:
+        """The same for the classes of `gsa_jax.convert.pytorch`, which compute through the splats.
+
+        GPT-Neo's own classes refuse it, because they know no layer of the kind `"splats"`.
+        """
+        kinds = enumerate(self.attention_layers)
+        return self.to_hf() | {
+            "architectures": ["GSAForCausalLM"],
+            "model_type": SPLAT_MODEL_TYPE,
+            "tokenizer_class": "GPT2Tokenizer",  # which transformers knows of gpt_neo, if its files name no other
+            "attention_layers": ["splats" if n in self.splat_layers else kind for n, kind in kinds],
+        }
 
 
 def read_config(path: Path) -> GPTNeoConfig:

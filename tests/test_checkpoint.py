@@ -89,7 +89,7 @@ def test_a_damaged_report(run_gsa, tmp_path, story_checkpoint):
     shutil.copytree(story_checkpoint, tmp_path / "checkpoint")
     for content in ("not json", "[]", '{"dialect": "klingon"}', '{"dialect": 3}'):
         (tmp_path / "checkpoint" / "conversion.json").write_text(content)
-        outcome = run_gsa("export", tmp_path / "checkpoint", tmp_path / "out")
+        outcome = run_gsa("export", tmp_path / "checkpoint", tmp_path / "out", "--exact")
         outcome.assert_refused(tmp_path / "checkpoint" / "conversion.json", "damaged")
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gsa_jax.convert.pytorch import CODE_FILES
+
 ROOT = Path(__file__).parents[1]
 
 ORDER = [
@@ -29,7 +31,9 @@ ORDER = [
 ]
 """A part imports parts that stand before it, and itself; those that stand beside it are strangers."""
 
-TORCH = {"gsa_jax.convert.verify"}
+TORCH = {"gsa_jax.convert.pytorch.modeling_gsa", "gsa_jax.convert.verify"}
+
+EXPORTED = {name.removesuffix(".py") for name in CODE_FILES}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -49,7 +53,8 @@ def imports(file: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: imports by full names only"
+            # Files that are copied beside an export know one another alone.
+            assert node.level == (file.parent.name == "pytorch" and node.module in EXPORTED), f"{file}: full names only"
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)} - {None}
     return found
 
@@ -68,6 +73,12 @@ def test_dependencies_point_one_way(module: str) -> None:
     before = set.union(set(), *ORDER[: next(n for n, parts in enumerate(ORDER) if own in parts)])
     used = {part(name) for name in imports(MODULES[module]) if name.startswith("gsa_jax.") and name in MODULES}
     assert used <= before | {own}
+
+
+@pytest.mark.parametrize("name", sorted(EXPORTED))
+def test_files_that_are_exported_need_nothing_of_this_package(name: str) -> None:
+    packages = {x.split(".")[0] for x in imports(MODULES[f"gsa_jax.convert.pytorch.{name}"])}
+    assert packages <= {"__future__", "math", "typing", "torch", "transformers", *EXPORTED}
 
 
 def test_pytorch_is_imported_where_it_is_compared_and_nowhere_else() -> None:

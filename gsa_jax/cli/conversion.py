@@ -83,12 +83,14 @@ class Convert(SplatCommand):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export(Command):
-    """Write a checkpoint as a Hugging Face folder."""
+    """Write a checkpoint as a Hugging Face folder; with splats, it has the PyTorch code that computes through them."""
 
     checkpoint: tyro.conf.Positional[Path]
     """Checkpoint folder."""
     out: tyro.conf.Positional[Path]
     """Hugging Face folder to make."""
+    exact: bool = False
+    """Write a plain GPT-Neo with exact attention, whose splats lie in it unused."""
     splats_only: bool = False
     """Write the splats alone, for `gsa convert --splats-from` to put beside the model again."""
 
@@ -96,16 +98,19 @@ class Export(Command):
         from gsa_jax.convert import export
 
         with status("writing"):
-            report = export(self.checkpoint, self.out, splats_only=self.splats_only)
+            report = export(self.checkpoint, self.out, exact=self.exact, splats_only=self.splats_only)
         print_table(
             f"{self.checkpoint} -> {self.out}",
             ["what", "value"],
             [
+                ["what", report.holds],
                 ["tensors", f"{report.tensors}"],
                 ["bytes", f"{report.bytes:,}"],
                 ["dialect of splats", report.dialect],
             ],
         )
+        if report.holds == "model with splats":
+            print(f"load it with: AutoModelForCausalLM.from_pretrained({str(self.out)!r}, trust_remote_code=True)")
         return 0
 
 

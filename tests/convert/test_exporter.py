@@ -51,9 +51,10 @@ def hf_loaded(folder: Path) -> tuple[GPTNeoForCausalLM, dict]:
 
 
 def there_and_back(source: Path, **options) -> Path:
+    """Exported as the exact model, whether there are splats or not."""
     checkpoint, exported = source.parent / f"{source.name} checkpoint", source.parent / f"{source.name} exported"
     convert(source, checkpoint, **options)
-    export(checkpoint, exported)
+    export(checkpoint, exported, exact=True)
     return exported
 
 
@@ -91,7 +92,7 @@ def test_transformers_5_computes_what_4_computes_from_the_source(tmp_path, story
     half = write_folder(tmp_path / "half", tiny_tensors(torch.float16))
     splats = splat_tensors(UNUSED)
     with_splats = write_folder(tmp_path / "splats", tiny_tensors() | splats)
-    export(story_checkpoint, tmp_path / "story exported")
+    export(story_checkpoint, tmp_path / "story exported", exact=True)
     sources = [half, with_splats, story_neo]
     exported = [there_and_back(half), there_and_back(with_splats), tmp_path / "story exported"]
     ids = random_ids(1, 2, 40)
@@ -161,7 +162,7 @@ def test_transformers_learns_the_dtype(tmp_path, dtype):
 
 
 def test_the_tokenizer_goes_along(run_gsa, tmp_path, story_neo, story_checkpoint):
-    outcome = run_gsa("export", story_checkpoint, tmp_path / "exported")
+    outcome = run_gsa("export", story_checkpoint, tmp_path / "exported", "--exact")
     assert outcome.code == 0 and outcome.err == ""
     text = "The dragon and the baker\nlived in a tree."
     theirs, source = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "exported", story_neo))
