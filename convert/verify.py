@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from gsa_jax.checkpoint import CONFIG_FILE, load_tensors, load_tokenizer
-from gsa_jax.config import SPLAT_MODEL_TYPE, GPTNeoConfig
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.convert.importer import read_tensors
 from gsa_jax.convert.names import plan
 from gsa_jax.convert.reader import Source, open_source

@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from gsa_jax.errors import InputError
-from gsa_jax.hf_fields import ALIASES, REPLACED, own_names, refuse_other_names
+from gsa_jax.hf_fields import ALIASES, REPLACED, SPLAT_MODEL_TYPE, own_names, refuse_other_names
 
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish")
 """Names of Hugging Face activations that `gsa_jax.layers` implements."""
 
 ATTENTION_KINDS = ("global", "local")
-
-SPLAT_MODEL_TYPE = "gsa_gpt_neo"
-"""The `model_type` of a Hugging Face folder whose attention goes through its splats; `gpt_neo` is exact there."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Of parameters and of the computation."""

@@ -11,6 +11,9 @@ from typing import Any
 
 from gsa_jax.errors import InputError
 
+SPLAT_MODEL_TYPE = "gsa_gpt_neo"
+"""The `model_type` of a Hugging Face folder whose attention goes through its splats; `gpt_neo` is exact there."""
+
 ALIASES = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
 """Other names that Hugging Face's GPT-Neo takes for its fields (its `attribute_map`)."""
 
@@ -36,6 +39,7 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 REPLACED = {
     "architectures",
     "attention_layers",
+    "auto_map",
     "dtype",
     "model_type",
     "splats",
@@ -52,6 +56,8 @@ def own_names(hf: Mapping[str, Any]) -> dict[str, Any]:
         InputError: a field changes what is computed and is not supported, or two names of one field contradict.
     """
     values = dict(hf)
+    if values.get("model_type") == SPLAT_MODEL_TYPE:
+        values.pop("auto_map", None)  # of this package's own code
     for name, harmless in _WITHOUT_EFFECT.items():
         if values.get(name) not in (None, *harmless):
             remedy = "an output head of its own is" if name == "tie_word_embeddings" else "what it stands for is"
