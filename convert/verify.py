@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gsa_jax.checkpoint import load_tensors, load_tokenizer
+from gsa_jax.checkpoint import load_tensors, open_tokenizer
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.convert.importer import read_tensors
 from gsa_jax.convert.names import plan
@@ -144,7 +144,7 @@ def _random_ids(config: GPTNeoConfig) -> tuple[np.ndarray, np.ndarray]:
 
 def _text_ids(text: Path, config: GPTNeoConfig, checkpoint: str | Path) -> tuple[np.ndarray, np.ndarray]:
     context = min(_TEXT_CONTEXT, config.max_position_embeddings)
-    rows = text_rows(read_documents(text), load_tokenizer(checkpoint), config, context)
+    rows = text_rows(read_documents(text), open_tokenizer(checkpoint), config, context)
     return rows.input_ids[:_MAX_TEXT_ROWS], rows.attention_mask[:_MAX_TEXT_ROWS]
 
 

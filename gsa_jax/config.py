@@ -36,6 +36,12 @@ def _require_int(name: str, value: Any, minimum: int) -> None:
         raise InputError(f"{name} = {value!r}: must be a whole number >= {minimum}")
 
 
+def require_seed(seed: int) -> None:
+    """Raises `InputError` for a seed that one of the generators of random numbers (JAX, NumPy, grain) does not take."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InputError(f"seed = {seed!r}: must be a whole number from 0 to {2**32 - 1}")
+
+
 def _require_probability(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise InputError(f"{name} = {value!r}: must be a probability in [0, 1)")
@@ -158,6 +164,7 @@ class GPTNeoConfig:
     Attributes:
         attention_types: pairs `(pattern, repeats)`; `((("global", "local"), 12),)` is 24 alternating layers.
         window_size: tokens seen by a local layer, its own included.
+        eos_token_id: one, or several of which each ends a text.
         intermediate_size: width of the MLP; `None` means `4 * hidden_size`.
         splats: splats attached to the attention, or `None` for the plain model.
         dtype: of the computation, one of `DTYPES`. Not part of a `config.json`, whose `dtype` is that of the stored
@@ -185,7 +192,7 @@ class GPTNeoConfig:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     bos_token_id: int | None = 50256
-    eos_token_id: int | None = 50256
+    eos_token_id: int | tuple[int, ...] | None = 50256
     splats: SplatConfig | None = None
     dtype: str = "float32"
     remat: bool = False
@@ -212,10 +219,14 @@ class GPTNeoConfig:
                 raise InputError(f"{name} = {value!r}: must be a number")
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} = {value!r}: must be finite and >= 0")
+        if isinstance(self.eos_token_id, list):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or not 0 <= value < self.vocab_size):
-                raise InputError(f"{name} = {value!r}: not in the vocabulary of {self.vocab_size} tokens")
+            listed = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
+            for token in listed:
+                if token is not None and (not isinstance(token, int) or not 0 <= token < self.vocab_size):
+                    raise InputError(f"{name} = {token!r}: not in the vocabulary of {self.vocab_size} tokens")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype = {self.dtype!r}: must be one of {', '.join(DTYPES)}")
         if self.attention_implementation not in get_args(AttentionImplementation):

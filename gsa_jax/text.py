@@ -18,7 +18,7 @@ from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from gsa_jax.tokenizer import Tokenizer
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 
@@ -59,12 +59,13 @@ def context_length(config: GPTNeoConfig, context: int | None) -> int:
 
 
 def start_token(config: GPTNeoConfig) -> int:
-    """What a document begins with: the model's `bos_token_id`, or its `eos_token_id` if it has no other.
+    """What a document begins with: the model's `bos_token_id`, or its (first) `eos_token_id` if it has no other.
 
     Raises:
         InputError: it has neither.
     """
-    start = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
+    ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+    start = next((token for token in (config.bos_token_id, *ends) if token is not None), None)
     if start is None:
         raise InputError(
             "documents need a token to start with; set bos_token_id or eos_token_id in the model's config.json"
@@ -72,9 +73,7 @@ def start_token(config: GPTNeoConfig) -> int:
     return start
 
 
-def document_tokens(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: GPTNeoConfig
-) -> list[list[int]]:
+def document_tokens(documents: Sequence[str], tokenizer: Tokenizer, config: GPTNeoConfig) -> list[list[int]]:
     """The token ids of each document, the start token first.
 
     Raises:
@@ -115,7 +114,7 @@ class TextRows:
 
 def text_rows(
     documents: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     config: GPTNeoConfig,
     context: int | None = None,
 ) -> TextRows:

@@ -14,15 +14,15 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     {"errors", "assets", "progress", "hlo"},
     {"config", "topology"},
-    {"ops"},
+    {"ops", "generation_config", "tokenizer"},
     {"layers", "layer_scan"},
     {"attention"},
     {"model"},
     {"parameters", "files"},
-    {"sharding", "loss", "sampling", "text"},
+    {"sharding", "loss", "sampling", "text", "prompts"},
     {"checkpoint"},
     {"generation", "evaluation", "convert"},
-    {"fitting"},
+    {"fitting", "completion"},
     {"train"},
     {"cli"},
 ]
