@@ -44,7 +44,6 @@ class Completion:
 
 def complete(
     model: GPTNeoForCausalLM,
-    tokenizer: Tokenizer,
     prompts: Prompts,
     *,
     logprobs: bool = False,
@@ -54,12 +53,13 @@ def complete(
 
     Args:
         prompts: as `gsa_jax.generation.generate` takes them.
-        options: `GenerationOptions`.
+        options: `GenerationOptions`; with `tokenizer`.
 
     Raises:
-        InputError: as `generate`, before anything is generated.
+        InputError: as `generate`, before anything is generated; or there is no tokenizer.
     """
-    request = make_request(model, prompts, **(options | {"tokenizer": tokenizer}))
+    request = make_request(model, prompts, **options)
+    tokenizer = _tokenizer(request)
     texts = _prompt_texts(tokenizer, prompts, request)
     for number, start in enumerate(range(0, len(texts), ROWS_AT_ONCE)):
         part = slice(start, start + ROWS_AT_ONCE)
@@ -74,7 +74,6 @@ def complete(
 
 def stream_completion(
     model: GPTNeoForCausalLM,
-    tokenizer: Tokenizer,
     prompt: Prompts,
     *,
     logprobs: bool = False,
@@ -87,7 +86,8 @@ def stream_completion(
     Raises:
         InputError: as `generate`, or there are several prompts; before anything is generated.
     """
-    request = make_request(model, prompt, **(options | {"tokenizer": tokenizer}))
+    request = make_request(model, prompt, **options)
+    tokenizer = _tokenizer(request)
     if len(request.prompts) > 1:
         raise InputError(f"{len(request.prompts)} prompts: one text can be streamed; give one prompt, or complete them")
     rows = _Rows(tokenizer, _prompt_texts(tokenizer, prompt, request), request)
@@ -98,19 +98,23 @@ def stream_completion(
     yield rows.completion(0)
 
 
-def stream_text(
-    model: GPTNeoForCausalLM, tokenizer: Tokenizer, prompt: Prompts, **options: Unpack[GenerationOptions]
-) -> Iterator[str]:
+def stream_text(model: GPTNeoForCausalLM, prompt: Prompts, **options: Unpack[GenerationOptions]) -> Iterator[str]:
     """What follows one prompt, in pieces of text as they come; joined, they are the text that `complete` gives.
 
     Raises:
         InputError: as `stream_completion`.
     """
     given = 0
-    for completion in stream_completion(model, tokenizer, prompt, **options):
+    for completion in stream_completion(model, prompt, **options):
         if piece := completion.text[given:]:
             yield piece
         given = max(given, len(completion.text))
+
+
+def _tokenizer(request: Request) -> Tokenizer:
+    if request.tokenizer is None:
+        raise InputError("tokens become text by a tokenizer; give it: tokenizer=gsa_jax.open_tokenizer(folder)")
+    return request.tokenizer
 
 
 def _prompt_texts(tokenizer: Tokenizer, prompts: Prompts, request: Request) -> list[str]:

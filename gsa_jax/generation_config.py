@@ -103,7 +103,7 @@ class GenerationConfig:
                 del found[name]
         eos = values.get("eos_token_id", config.eos_token_id)
         pad = _ids("pad_token_id", found.pop("pad_token_id", None), config)
-        settings = {name: value for name, value in found.items() if name in own} | {
+        settings: dict[str, Any] = {name: value for name, value in found.items() if name in own} | {
             "eos_token_id": _ids("eos_token_id", eos, config),
             "pad_token_id": pad[0] if pad else None,
         }

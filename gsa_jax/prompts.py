@@ -44,19 +44,17 @@ def prompt_ids(
     """
     if isinstance(prompts, Mapping):
         raise InputError('prompts is a mapping; give its ["input_ids"], and its ["attention_mask"] as attention_mask')
-    if isinstance(prompts, str | bytes) or not hasattr(prompts, "__len__"):
-        texts = [prompts]
-    else:
-        texts = list(prompts) if isinstance(prompts, Sequence) else []
-    if texts and all(isinstance(text, str) for text in texts):
+    listed = [prompts] if isinstance(prompts, str) else prompts if isinstance(prompts, Sequence) else []
+    texts = [text for text in listed if isinstance(text, str)]
+    if texts and len(texts) == len(listed):
         if tokenizer is None:
-            raise InputError("prompts are texts; give the tokenizer as well: tokenizer=gsa_jax.load_tokenizer(folder)")
+            raise InputError("prompts are texts; give the tokenizer as well: tokenizer=gsa_jax.open_tokenizer(folder)")
         if attention_mask is not None:
             raise InputError("prompts are texts; an attention_mask belongs to token ids")
         return [_encode(tokenizer, text, number) for number, text in enumerate(texts)]
-    if attention_mask is not None or not isinstance(prompts, Sequence):
+    if attention_mask is not None or isinstance(prompts, bytes) or not isinstance(prompts, Sequence):
         return _unpadded(prompts, attention_mask)
-    if any(isinstance(prompt, str | bytes) for prompt in prompts):
+    if texts:
         raise InputError(f"prompts are a list of texts and of other things; {_ARE}")
     rows = [np.asarray(prompt) for prompt in prompts]
     if rows and all(row.ndim == 0 for row in rows):

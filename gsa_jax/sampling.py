@@ -181,15 +181,16 @@ class LogitsProcessor:
         """The processed logits, -inf for tokens that must not come next.
 
         Args:
-            history: None only if `reads_history` says so.
+            history: None if not `reads_history`.
             step: how many tokens have been generated.
             eos_token_id: tokens that end a row; negative ones do not exist.
         """
-        if self.repetition_penalty is not None:
+        assert history is not None or not self.reads_history, "the loop gives it what it reads"
+        if self.repetition_penalty is not None and history is not None:
             seen = _mark(logits, history.tokens, history.is_token)
             penalty = jnp.asarray(self.repetition_penalty, logits.dtype)
             logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
-        if self.no_repeat_ngram_size is not None:
+        if self.no_repeat_ngram_size is not None and history is not None:
             logits = jnp.where(_completes_ngram(logits, history, self.no_repeat_ngram_size), -jnp.inf, logits)
         if self.min_new_tokens is not None:
             slots = jnp.where(eos_token_id < 0, logits.shape[-1], eos_token_id)

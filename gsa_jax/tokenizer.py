@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from gsa_jax.errors import InputError, first_line
 
@@ -41,15 +41,13 @@ _CLEANED = (
 """What `clean_up_tokenization_spaces` replaces, in this order."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
-    """What the package asks of a tokenizer: a part of what those of `transformers` have."""
+    """What the package asks of a tokenizer: a part of what those of `transformers` have.
 
-    @property
-    def bos_token_id(self) -> int | None: ...
-    @property
-    def eos_token_id(self) -> int | None: ...
-    @property
-    def pad_token_id(self) -> int | None: ...
+    Both have `bos_token_id`, `eos_token_id` and `pad_token_id` as well; `transformers` makes them when they are asked
+    for, which a protocol does not see.
+    """
 
     clean_up_tokenization_spaces: bool
     """Whether decoded text loses the spaces before punctuation."""
@@ -63,8 +61,6 @@ class Tokenizer(Protocol):
     def __call__(self, text: Any, *, add_special_tokens: bool = True, verbose: bool = True) -> Mapping[str, Any]:
         """`{"input_ids": ...}`: the ids of a text, or those of each text of a list."""
         ...
-
-    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
 
     def get_vocab(self) -> dict[str, int]: ...
 
@@ -118,10 +114,6 @@ class LightTokenizer:
             return {"input_ids": self.encode(text, add_special_tokens=add_special_tokens)}
         found = self._backend.encode_batch_fast(list(text), add_special_tokens=add_special_tokens)
         return {"input_ids": [encoding.ids for encoding in found]}
-
-    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str | None]:
-        """The tokens as the vocabulary writes them."""
-        return [self._backend.id_to_token(int(token)) for token in ids]
 
     def get_vocab(self) -> dict[str, int]:
         """Ids by tokens, added ones included."""

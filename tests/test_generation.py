@@ -12,7 +12,7 @@ from flax import nnx
 
 from gsa_jax import Categorical, GPTNeoForCausalLM, InputError, generate, generate_stream, load
 from gsa_jax.assets import story_neo
-from gsa_jax.generation import _decode, _prefill, _State
+from gsa_jax.generation import _Choice, _decode, _prefill, _State
 from helpers.tiny_models import VOCAB, random_ids, relative_rms, tiny_model
 
 STORY = story_neo()
@@ -144,8 +144,10 @@ def test_decoding_donates_its_cache(model: GPTNeoForCausalLM) -> None:
     graphdef, params = nnx.split(model)
     logits, cache = _prefill(graphdef, params, random_ids(0, 1, 16), np.ones((1, 16), bool), capacity=80)
     number = jnp.int32(4)
-    state = _State(cache, logits, jnp.zeros((1, 64), int), jnp.int32(0), jnp.zeros((1,), bool), jax.random.key(0))
-    after = _decode(graphdef, params, state, Categorical(), number, number, number)
+    tokens, done = jnp.zeros((1, 64), int), jnp.zeros((1,), bool)
+    state = _State(cache, logits, tokens, None, jnp.int32(0), done, jax.random.key(0))
+    choice = _Choice(Categorical(), None, None, number[None], number)
+    after = _decode(graphdef, params, state, choice, number)
     assert all(layer.key.is_deleted() and layer.value.is_deleted() for layer in state.cache.layers)
     chex.assert_trees_all_equal_shapes_and_dtypes(after.logits, state.logits)
 

@@ -52,7 +52,7 @@ def main() -> None:
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, and not when nothing can be done about it any more
     except BrokenPipeError:  # `gsa ... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes what is left once more when it ends
         sys.exit(128 + signal.SIGPIPE)
 
 

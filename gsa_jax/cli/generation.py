@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from gsa_jax.completion import Completion
     from gsa_jax.generation import GenerationOptions
     from gsa_jax.model import GPTNeoForCausalLM
-    from gsa_jax.tokenizer import Tokenizer
 
 _MAX_NEW_TOKENS = 200
 """Unless an option or the model's own configuration says otherwise."""
@@ -85,14 +84,14 @@ class Generate(Command):
             raise InputError("--stream prints text as it comes, --json whole lines; leave one of them out")
         model = load(self.checkpoint, dtype=self.dtype, param_dtype=self.dtype, window=self.window, kept=self.kept)
         options = self._options(model)
+        options["tokenizer"] = open_tokenizer(self.checkpoint)
         for setting in model.generation_config.unsupported:
             print(f"gsa: generation_config.json: {setting} is not supported, and ignored", file=sys.stderr)
-        tokenizer = open_tokenizer(self.checkpoint)
         started = time.perf_counter()
         if self.stream:
-            count = self._stream(model, tokenizer, prompts[0], options)
+            count = self._stream(model, prompts[0], options)
         else:
-            count = self._print(model, tokenizer, [x for x in prompts for _ in range(self.num_samples)], options)
+            count = self._print(model, [x for x in prompts for _ in range(self.num_samples)], options)
         seconds = time.perf_counter() - started
         print(f"{count} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
         return 0
@@ -125,27 +124,25 @@ class Generate(Command):
             "stop": self.stop,
         }
 
-    def _stream(self, model: GPTNeoForCausalLM, tokenizer: Tokenizer, prompt: str, options: GenerationOptions) -> int:
+    def _stream(self, model: GPTNeoForCausalLM, prompt: str, options: GenerationOptions) -> int:
         from gsa_jax.completion import stream_completion
 
         printed, completion = 0, None
-        for completion in stream_completion(model, tokenizer, prompt, logprobs=self.logprobs, **options):
+        for completion in stream_completion(model, prompt, logprobs=self.logprobs, **options):
             if not completion.tokens:  # not before the request has been checked
                 print(prompt, end="", flush=True)
             print(completion.text[printed:], end="", flush=True)
             printed = max(printed, len(completion.text))
         print()
         assert completion is not None, "the first one has no tokens"
-        self._print_logprobs(completion, tokenizer)
+        _print_logprobs(completion, options)
         return len(completion.tokens)
 
-    def _print(
-        self, model: GPTNeoForCausalLM, tokenizer: Tokenizer, prompts: list[str], options: GenerationOptions
-    ) -> int:
+    def _print(self, model: GPTNeoForCausalLM, prompts: list[str], options: GenerationOptions) -> int:
         from gsa_jax.completion import complete
 
         count = 0
-        completions = complete(model, tokenizer, prompts, logprobs=self.logprobs, **options)
+        completions = complete(model, prompts, logprobs=self.logprobs, **options)
         for number, completion in enumerate(completions, 1):
             count += len(completion.tokens)
             if self.json:
@@ -157,13 +154,14 @@ class Generate(Command):
             if len(prompts) > 1:
                 print(f"--- {number} of {len(prompts)}")
             print(completion.prompt + completion.text)
-            self._print_logprobs(completion, tokenizer)
+            _print_logprobs(completion, options)
         return count
 
-    def _print_logprobs(self, completion: Completion, tokenizer: Tokenizer) -> None:
-        if completion.logprobs is not None:
-            for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):
-                print(f"{logprob:10.4f}  {tokenizer.decode([token])!r}")
+
+def _print_logprobs(completion: Completion, options: GenerationOptions) -> None:
+    if completion.logprobs is not None and (tokenizer := options.get("tokenizer")) is not None:
+        for token, logprob in zip(completion.tokens, completion.logprobs, strict=True):
+            print(f"{logprob:10.4f}  {tokenizer.decode([token])!r}")
 
 
 def read_prompts(file: Path) -> list[str]:
