@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.config import GPTNeoConfig, require_seed
 from gsa_jax.errors import InputError
 from gsa_jax.model import Cache, GPTNeoForCausalLM
-from gsa_jax.prompts import CHUNK, Prompts, check_prompts, pad_left, prompt_ids
+from gsa_jax.prompts import CHUNK, Mask, Prompts, check_prompts, pad_left, prompt_ids
 from gsa_jax.sampling import History, LogitsProcessor, Sampler, default_sampler
 from gsa_jax.tokenizer import Continuation, Tokenizer
 
@@ -57,7 +56,7 @@ class GenerationOptions(TypedDict, total=False):
     """A text ends with the token that completes one of these, looked for in what follows the prompt."""
     tokenizer: Tokenizer | None
     """For prompts that are texts, and for `stop`."""
-    attention_mask: ArrayLike | None
+    attention_mask: Mask | None
     """`[B, T]`, 0 for padding, where the prompts are an array."""
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Bool, Int
 
 from gsa_jax.config import GPTNeoConfig
@@ -18,8 +17,13 @@ from gsa_jax.errors import InputError, first_line
 from gsa_jax.ops.segments import token_mask
 from gsa_jax.tokenizer import Tokenizer
 
-Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
+Ids = Sequence[int] | np.ndarray | jax.Array
+
+Prompts = str | Sequence[str] | Ids | Sequence[Ids]
 """A text or several, the token ids of a prompt or of several, or a padded array of ids `[B, T]`."""
+
+Mask = np.ndarray | jax.Array | Sequence[Sequence[int]]
+"""Bools or Hugging Face's integers `[B, T]`: 0 for padding."""
 
 _ARE = "give a text, a list of texts, token ids, lists of them, or an array of ids [rows, tokens] with attention_mask"
 
@@ -30,7 +34,7 @@ CHUNK = 1024
 
 
 def prompt_ids(
-    prompts: Prompts, tokenizer: Tokenizer | None = None, attention_mask: ArrayLike | None = None
+    prompts: Prompts, tokenizer: Tokenizer | None = None, attention_mask: Mask | None = None
 ) -> list[list[int]]:
     """The token ids of each prompt, without padding.
 
@@ -70,7 +74,7 @@ def _encode(tokenizer: Tokenizer, text: str, number: int) -> list[int]:
     return list(tokenizer.encode(text))
 
 
-def _unpadded(prompts: Any, attention_mask: ArrayLike | None) -> list[list[int]]:
+def _unpadded(prompts: Any, attention_mask: Mask | None) -> list[list[int]]:
     try:
         array = np.asarray(prompts)
     except ValueError as error:  # lists of different lengths
@@ -80,7 +84,8 @@ def _unpadded(prompts: Any, attention_mask: ArrayLike | None) -> list[list[int]]
     if array.ndim not in (1, 2) or array.dtype == object:
         raise InputError(f"prompts is {_kind(prompts, array)}; {_ARE}")
     array = np.atleast_2d(array)
-    mask = np.asarray(token_mask(attention_mask, array.shape))
+    mask = None if attention_mask is None else np.asarray(attention_mask)
+    mask = np.asarray(token_mask(mask, array.shape))
     return [_ids(row[of_row], number) for number, (row, of_row) in enumerate(zip(array, mask, strict=True))]
 
 

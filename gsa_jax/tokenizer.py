@@ -10,6 +10,7 @@ May be changed here: which folders the light tokenizer takes, and how the text o
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -227,10 +228,19 @@ class Continuation:
     def settled(self, tokens: Sequence[int]) -> str:
         """The part of their text that stays as it is whatever follows.
 
-        What may change is a character whose bytes are not all there and, where spaces are cleaned up, the last word.
+        What may change is a character whose bytes are not all there, a run of tokens that are a byte each, which are
+        text only if the whole run is, and, where spaces are cleaned up, the last word.
         """
-        text = self.text(tokens).rstrip("\ufffd")
+        settled = len(tokens)
+        while settled and tokens[settled - 1] in self._bytes:
+            settled -= 1
+        text = self.text(tokens[:settled]).rstrip("\ufffd")
         return text[: max(text.rfind(" "), 0)] if self._tokenizer.clean_up_tokenization_spaces else text
+
+    @functools.cached_property
+    def _bytes(self) -> set[int]:
+        vocabulary = self._tokenizer.get_vocab()
+        return {vocabulary[name] for byte in range(256) if (name := f"<0x{byte:02X}>") in vocabulary}
 
     def _decode(self, tokens: list[int]) -> str:
         # Versions of `transformers` differ in whether they clean up the text of a BPE tokenizer that asks for it.
