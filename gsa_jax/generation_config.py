@@ -79,6 +79,8 @@ class GenerationConfig:
             if value is None:
                 continue
             is_number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+            if is_number:
+                object.__setattr__(self, name, float(value))
             if not is_number or value < 0 or (value == 0 and name != "min_p") or (value > 1 and name[-2:] == "_p"):
                 raise InputError(f"{name} = {value!r}: must be a number {range_}")
 
