@@ -171,8 +171,8 @@ def load(
 def open_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint or Hugging Face folder, as everything in this package uses it.
 
-    It gives the ids and texts that `load_tokenizer`'s gives under transformers 4, and is there in hundredths of a second
-    where the folder has a `tokenizer.json`; `gsa_jax.tokenizer` says when `transformers` is needed all the same.
+    It gives the ids and texts that `load_tokenizer`'s gives under transformers 4, and is there in hundredths of a
+    second where the folder has a `tokenizer.json`; `gsa_jax.tokenizer` says when `transformers` is needed all the same.
 
     Raises:
         InputError: the folder has none, or it cannot be read.

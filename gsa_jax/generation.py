@@ -23,9 +23,12 @@ from jaxtyping import Array, Bool, Float, Int
 from gsa_jax.config import GPTNeoConfig, require_seed
 from gsa_jax.errors import InputError
 from gsa_jax.model import Cache, GPTNeoForCausalLM
-from gsa_jax.prompts import CHUNK, Mask, Prompts, check_prompts, pad_left, prompt_ids
+from gsa_jax.prompts import Mask, Prompts, check_prompts, pad_left, prompt_ids
 from gsa_jax.sampling import History, LogitsProcessor, Sampler, default_sampler
 from gsa_jax.tokenizer import Continuation, Tokenizer
+
+_CHUNK = 1024
+"""Tokens of a prompt that are read at once; a longer prompt takes several passes of the same program."""
 
 _NEW_TOKENS_BUCKET = 64
 
@@ -274,13 +277,13 @@ def decode_steps(
 ) -> Iterator[Step]:
     """Generates, and gives new tokens as they come, `tokens_per_step` at a time."""
     rows = len(request.prompts)
-    input_ids, attention_mask = pad_left(request.prompts)
+    input_ids, attention_mask = pad_left(request.prompts, _CHUNK)
     room = -(-request.max_new_tokens // _NEW_TOKENS_BUCKET) * _NEW_TOKENS_BUCKET
     graphdef, params = nnx.split(model)
     capacity = _capacity(model.config, input_ids.shape[1] + room)
-    logits, cache = _prefill(graphdef, params, input_ids[:, :CHUNK], attention_mask[:, :CHUNK], capacity=capacity)
-    for start in range(CHUNK, input_ids.shape[1], CHUNK):
-        chunk = slice(start, start + CHUNK)
+    logits, cache = _prefill(graphdef, params, input_ids[:, :_CHUNK], attention_mask[:, :_CHUNK], capacity=capacity)
+    for start in range(_CHUNK, input_ids.shape[1], _CHUNK):
+        chunk = slice(start, start + _CHUNK)
         logits, cache = _extend(graphdef, params, input_ids[:, chunk], attention_mask[:, chunk], cache)
     state = _State(
         cache=cache,

@@ -29,9 +29,6 @@ _ARE = "give a text, a list of texts, token ids, lists of them, or an array of i
 
 _SMALLEST_BUCKET = 16
 
-CHUNK = 1024
-"""Tokens of a prompt that are read at once; a longer prompt takes several passes of the same program."""
-
 
 def prompt_ids(
     prompts: Prompts, tokenizer: Tokenizer | None = None, attention_mask: Mask | None = None
@@ -123,11 +120,15 @@ def check_prompts(config: GPTNeoConfig, prompts: Sequence[Sequence[int]], max_ne
             )
 
 
-def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"]]:
-    """Ids and mask, as long as the bucket of the longest prompt, so that prompts of about a length share programs."""
+def pad_left(prompts: Sequence[Sequence[int]], chunk: int) -> tuple[Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"]]:
+    """Ids and mask, as long as the bucket of the longest prompt, so that prompts of about a length share programs.
+
+    Args:
+        chunk: buckets are powers of two up to this, and its multiples beyond.
+    """
     longest = max(len(prompt) for prompt in prompts)
     bucket = max(_SMALLEST_BUCKET, 1 << (longest - 1).bit_length())
-    bucket = bucket if bucket <= CHUNK else -(-longest // CHUNK) * CHUNK
+    bucket = bucket if bucket <= chunk else -(-longest // chunk) * chunk
     input_ids = np.zeros((len(prompts), bucket), np.int32)
     attention_mask = np.zeros((len(prompts), bucket), bool)
     for row, prompt in enumerate(prompts):
