@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gsa_jax.checkpoint import CONFIG_FILE, load_tensors, load_tokenizer
+from gsa_jax.checkpoint import CONFIG_FILE, load_tensors, open_tokenizer
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.convert.importer import read_tensors
 from gsa_jax.convert.names import plan
 from gsa_jax.convert.reader import Source, open_source
 from gsa_jax.errors import InputError
+from gsa_jax.hf_fields import SPLAT_MODEL_TYPE
 from gsa_jax.loss import mean_next_token_loss
 from gsa_jax.parameters import TOKEN_EMBEDDING, build_model, is_splat
 from gsa_jax.text import read_documents, text_rows
@@ -160,7 +161,7 @@ def _random_ids(config: GPTNeoConfig) -> tuple[np.ndarray, np.ndarray]:
 
 def _text_ids(text: Path, config: GPTNeoConfig, checkpoint: str | Path) -> tuple[np.ndarray, np.ndarray]:
     context = min(_TEXT_CONTEXT, config.max_position_embeddings)
-    rows = text_rows(read_documents(text), load_tokenizer(checkpoint), config, context)
+    rows = text_rows(read_documents(text), open_tokenizer(checkpoint), config, context)
     return rows.input_ids[:_MAX_TEXT_ROWS], rows.attention_mask[:_MAX_TEXT_ROWS]
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from gsa_jax import assets
 
 if TYPE_CHECKING:
-    from gsa_jax.checkpoint import load, load_tokenizer
+    from gsa_jax.checkpoint import load, load_tokenizer, open_tokenizer
+    from gsa_jax.completion import Completion, complete, stream_text
     from gsa_jax.config import GPTNeoConfig, SplatConfig
     from gsa_jax.errors import InputError
     from gsa_jax.generation import generate, generate_stream
@@ -19,21 +20,26 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Categorical",
+    "Completion",
     "GPTNeoConfig",
     "GPTNeoForCausalLM",
     "Greedy",
     "InputError",
     "SplatConfig",
     "assets",
+    "complete",
     "generate",
     "generate_stream",
     "load",
     "load_tokenizer",
     "make_sampler",
+    "open_tokenizer",
+    "stream_text",
 ]
 
 _MODULES = {
-    "checkpoint": ("load", "load_tokenizer"),
+    "checkpoint": ("load", "load_tokenizer", "open_tokenizer"),
+    "completion": ("Completion", "complete", "stream_text"),
     "config": ("GPTNeoConfig", "SplatConfig"),
     "errors": ("InputError",),
     "generation": ("generate", "generate_stream"),

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,9 +31,11 @@ from orbax.checkpoint import v1 as ocp
 from gsa_jax.config import GPTNeoConfig, Window, carried_fields, read_config
 from gsa_jax.errors import InputError, first_line, listed
 from gsa_jax.files import new_folder
+from gsa_jax.generation_config import read_generation_config
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.parameters import build_model, expected_shapes, shape_problems
 from gsa_jax.sharding import require_backend, same_path_everywhere, wait_for_all, whole_on_host
+from gsa_jax.tokenizer import Tokenizer, light_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -201,7 +204,7 @@ def load(
     kept: int | None = None,
     attention_implementation: str = "auto",
 ) -> GPTNeoForCausalLM:
-    """The model of a checkpoint folder.
+    """The model of a checkpoint folder, with what its `generation_config.json` says of generation.
 
     Args:
         dtype: of the computation.
@@ -215,31 +218,58 @@ def load(
 
     Raises:
         InputError: the folder is not a checkpoint, is damaged, or its tensors do not fit its configuration; it has
-            no splats and the window is finite; or keys are to be kept with an infinite one.
+            no splats and the window is finite; keys are to be kept with an infinite one; or its
+            `generation_config.json` cannot be used.
     """
     config, tensors = load_tensors(folder)
     config = config.with_window(window, kept)
     config = dataclasses.replace(
         config, dtype=jnp.dtype(dtype).name, remat=remat, attention_implementation=attention_implementation
     )
-    return build_model(config, tensors, param_dtype=param_dtype)
+    model = build_model(config, tensors, param_dtype=param_dtype)
+    model.generation_config = read_generation_config(Path(folder), config)
+    return model
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint or Hugging Face folder.
+def open_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint or Hugging Face folder, as everything in this package uses it.
+
+    It gives the ids and texts that `load_tokenizer`'s gives under transformers 4, and is there in hundredths of a
+    second where the folder has a `tokenizer.json`; `gsa_jax.tokenizer` says when `transformers` is needed all the same.
 
     Raises:
         InputError: the folder has none, or it cannot be read.
     """
+    folder = _with_tokenizer(folder)
+    # The model says how long a text may be, in an error; the tokenizer would say so too, in a warning.
+    return light_tokenizer(folder) or _from_transformers(folder, model_max_length=sys.maxsize)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint or Hugging Face folder, of `transformers`, with all that those can do.
+
+    Importing `transformers` takes seconds; `open_tokenizer` does without where it can.
+
+    Raises:
+        InputError: the folder has none, or it cannot be read.
+    """
+    return _from_transformers(_with_tokenizer(folder))
+
+
+def _with_tokenizer(folder: str | Path) -> Path:
     folder = Path(folder)
     if not has_tokenizer(folder):
         raise InputError(
             f"{folder}: no tokenizer in it (tokenizer.json, or vocab.json and merges.txt); copy its files there, or "
             "convert the model again with --tokenizer FOLDER"
         )
+    return folder
+
+
+def _from_transformers(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
+        return AutoTokenizer.from_pretrained(str(folder), **options)
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise InputError(f"{folder}: its tokenizer cannot be read ({first_line(error)})") from error

@@ -37,6 +37,12 @@ def _require_int(name: str, value: Any, minimum: int) -> None:
         raise InputError(f"{name} = {value!r}: must be a whole number >= {minimum}")
 
 
+def require_seed(seed: int) -> None:
+    """Raises `InputError` for a seed that one of the generators of random numbers (JAX, NumPy, grain) does not take."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InputError(f"seed = {seed!r}: must be a whole number from 0 to {2**32 - 1}")
+
+
 def _require_probability(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise InputError(f"{name} = {value!r}: must be a probability in [0, 1)")
@@ -162,7 +168,7 @@ class GPTNeoConfig:
         intermediate_size: width of the MLP; `None` means `4 * hidden_size`.
         bos_token_id: may be beyond the vocabulary, as the default is for small models; it is not embedded unless a text
             is to start with it.
-        eos_token_id: one or several; may be beyond the vocabulary, and then no text ends.
+        eos_token_id: one, or several of which each ends a text; may be beyond the vocabulary, and then no text ends.
         splats: splats attached to the attention, or `None` for the plain model.
         dtype: of the computation, one of `DTYPES`. Not part of a `config.json`, whose `dtype` is that of the stored
             weights; nor are the fields after it.

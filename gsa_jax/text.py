@@ -18,7 +18,7 @@ from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from gsa_jax.tokenizer import Tokenizer
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 
@@ -64,8 +64,8 @@ def start_token(config: GPTNeoConfig) -> int:
     Raises:
         InputError: it has neither, or this one is not in its vocabulary.
     """
-    start = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
-    start = start[0] if isinstance(start, tuple) else start
+    ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+    start = next((token for token in (config.bos_token_id, *ends) if token is not None), None)
     if start is None:
         raise InputError(
             "documents need a token to start with; set bos_token_id or eos_token_id in the model's config.json"
@@ -78,9 +78,7 @@ def start_token(config: GPTNeoConfig) -> int:
     return start
 
 
-def document_tokens(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: GPTNeoConfig
-) -> list[list[int]]:
+def document_tokens(documents: Sequence[str], tokenizer: Tokenizer, config: GPTNeoConfig) -> list[list[int]]:
     """The token ids of each document, the start token first.
 
     Raises:
@@ -121,7 +119,7 @@ class TextRows:
 
 def text_rows(
     documents: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     config: GPTNeoConfig,
     context: int | None = None,
 ) -> TextRows:

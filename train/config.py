@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import tyro
 
-from gsa_jax.config import AttentionImplementation, GPTNeoConfig
+from gsa_jax.config import AttentionImplementation, GPTNeoConfig, require_seed
 from gsa_jax.errors import InputError
 
 
@@ -140,6 +140,7 @@ class TrainConfig:
         for name, minimum in at_least.items():
             if getattr(self, name) < minimum:
                 raise InputError(f"{name} = {getattr(self, name)}: must be >= {minimum}")
+        require_seed(self.seed)
         optimizer = self.optimizer
         for name in ("learning_rate", "splat_learning_rate", "weight_decay", "clip_norm", "final_share"):
             value = getattr(optimizer, name)

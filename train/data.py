@@ -25,6 +25,10 @@ TOKEN_DTYPE = np.dtype("<u2")
 """Of a file of token ids: 16 bits hold GPT-Neo's vocabulary of 50,257."""
 
 
+_ROWS_OF_A_RUN = 2**52
+"""More than any run reads, and few enough for a float, in which grain counts batches, to count them all."""
+
+
 class TokenRows:
     """Rows of a stream of tokens, by their number; what grain calls a random access source."""
 
@@ -118,7 +122,9 @@ def row_batches(
     rows = TokenRows(tokens, context, start_token(config))
     if not len(rows):
         raise InputError(f"{path}: {len(tokens)} tokens are less than a row of {context}; give more text or --context")
-    dataset = grain.MapDataset.source(rows).shuffle(seed=seed).repeat()[process::processes]
+    # Repeated for ever, grain's length is the largest that Python has, and batches of one row round it up beyond.
+    epochs = _ROWS_OF_A_RUN // len(rows) + 1
+    dataset = grain.MapDataset.source(rows).shuffle(seed=seed).repeat(epochs)[process::processes]
     dataset = dataset.batch(batch_size // processes)
     # Reading a row is too quick to be worth a thread.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

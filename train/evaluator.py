@@ -19,7 +19,7 @@ from gsa_jax.train.config import TrainConfig
 from gsa_jax.train.metrics import Record
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from gsa_jax.tokenizer import Tokenizer
 
 
 class Evaluator:
@@ -29,9 +29,7 @@ class Evaluator:
         InputError: the text cannot be used.
     """
 
-    def __init__(
-        self, config: TrainConfig, model: GPTNeoConfig, tokenizer: PreTrainedTokenizerBase, context: int
-    ) -> None:
+    def __init__(self, config: TrainConfig, model: GPTNeoConfig, tokenizer: Tokenizer, context: int) -> None:
         self._model = model
         self._text = config.eval_text
         if self._text is not None:

@@ -32,7 +32,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from gsa_jax.checkpoint import load_tokenizer, save, tokenizer_files
+from gsa_jax.checkpoint import open_tokenizer, save, tokenizer_files
 from gsa_jax.errors import InputError
 from gsa_jax.sharding import batch_share, check_mesh, make_mesh, shard_batch, shard_tensors, shardings
 from gsa_jax.text import context_length
@@ -84,7 +84,7 @@ def train(config: TrainConfig, *, report: Callable[[Record], None] = lambda reco
     mesh = _mesh(config, start)
     context = context_length(start.model, config.context)
     process, processes = (0, 1) if mesh is None else batch_share(mesh)
-    tokenizer = load_tokenizer(start.tokenizer)
+    tokenizer = open_tokenizer(start.tokenizer)
     data = row_batches(
         config.text,
         tokenizer,

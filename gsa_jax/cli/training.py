@@ -65,12 +65,12 @@ class Tokenize(Command):
     """File to make; its name ends in .bin."""
 
     def run(self) -> int:
-        from gsa_jax.checkpoint import CONFIG_FILE, load_tokenizer
+        from gsa_jax.checkpoint import CONFIG_FILE, open_tokenizer
         from gsa_jax.config import read_config
         from gsa_jax.train.data import write_tokens
 
         config = read_config(self.checkpoint / CONFIG_FILE)
-        print(f"{write_tokens(self.text, self.out, load_tokenizer(self.checkpoint), config):,} tokens")
+        print(f"{write_tokens(self.text, self.out, open_tokenizer(self.checkpoint), config):,} tokens")
         return 0
 
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from gsa_jax.checkpoint import load_tensors, load_tokenizer
+from gsa_jax.checkpoint import load_tensors, open_tokenizer
 from gsa_jax.config import GPTNeoConfig, Window
 from gsa_jax.errors import InputError
 from gsa_jax.parameters import PositionExtension, attention_tensor, expected_shapes, extend_positions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from gsa_jax.tokenizer import Tokenizer
 
 ARMS = ("exact", "hybrid", "without-splats", "without-kept", "window-only", "none")
 """What splat layers see: all keys exactly; keys as configured; window and kept keys; window and splats; the window
@@ -43,7 +43,7 @@ def load_arms(
     max_positions: int | None = None,
     position_extension: PositionExtension = "interpolate",
     reference: str | Path | None = None,
-) -> tuple[dict[str, Arm], PreTrainedTokenizerBase, int]:
+) -> tuple[dict[str, Arm], Tokenizer, int]:
     """The arms of a checkpoint with splats, its tokenizer, and how many positions it has as stored.
 
     Args:
@@ -60,9 +60,9 @@ def load_arms(
     """
     stored, tensors = load_tensors(folder)
     config = stored.with_window(window, kept)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     exact = None if reference is None else load_tensors(reference)
-    if reference is not None and load_tokenizer(reference).get_vocab() != tokenizer.get_vocab():
+    if reference is not None and open_tokenizer(reference).get_vocab() != tokenizer.get_vocab():
         raise InputError(
             f"{reference}: its tokenizer has another vocabulary than that of {folder}; give a reference "
             "with the same one"

@@ -32,7 +32,7 @@ from gsa_jax.progress import Progress
 from gsa_jax.text import document_tokens, read_documents
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from gsa_jax.tokenizer import Tokenizer
 
 MULTIPLES = (1, 2, 4, 8)
 """Of the training length: how long the items are."""
@@ -209,9 +209,7 @@ def evaluate_passkey(
     )
 
 
-def make_items(
-    documents: list[str], tokenizer: PreTrainedTokenizerBase, config: GPTNeoConfig, length: int, count: int
-) -> Items:
+def make_items(documents: list[str], tokenizer: Tokenizer, config: GPTNeoConfig, length: int, count: int) -> Items:
     """Draws `count` items of `length` tokens, start token and key included; the same ones each time.
 
     The text is cut out of the documents somewhere, so that it ends with a sentence. The depth of the key is uniform,
@@ -249,9 +247,7 @@ def make_items(
     return Items(np.array(prompts, np.int32), keys.astype(np.int32), told, np.array(depths))
 
 
-def _keys(
-    tokenizer: PreTrainedTokenizerBase, config: GPTNeoConfig, draws: np.random.Generator
-) -> Int[np.ndarray, "K k"]:
+def _keys(tokenizer: Tokenizer, config: GPTNeoConfig, draws: np.random.Generator) -> Int[np.ndarray, "K k"]:
     """Tokens of different random numbers, all with the number of tokens that is the most frequent one."""
     numbers = draws.choice(np.arange(10_000, 100_000), _NUMBERS, replace=False)
     rows = [row[1:] for row in document_tokens([f" {number}" for number in numbers], tokenizer, config)]

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from gsa_jax.attention import state_bytes
 from gsa_jax.checkpoint import load_tensors
-from gsa_jax.config import GPTNeoConfig, LayerSplats, SplatConfig
+from gsa_jax.config import GPTNeoConfig, LayerSplats, SplatConfig, require_seed
 from gsa_jax.errors import InputError
 from gsa_jax.evaluation.perplexity import cross_entropy
 from gsa_jax.fitting.placing import fit_layer, fit_layers
@@ -124,6 +124,7 @@ def spend(
     Raises:
         InputError: the budget is too small for a splat in each layer, or the checkpoint or the text cannot be used.
     """
+    require_seed(seed)
     stored, tensors = load_tensors(folder)
     config = with_choice(stored, splats, [_PRICED])
     layers = config.splat_layers

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.attention import GSASelfAttention
-from gsa_jax.checkpoint import load_tensors, load_tokenizer
+from gsa_jax.checkpoint import load_tensors, open_tokenizer
 from gsa_jax.config import LayerSplats, SplatConfig, Window
 from gsa_jax.errors import InputError
 from gsa_jax.fitting.statistics import (
@@ -143,8 +143,10 @@ def diagnose(
     config, tensors = load_tensors(folder)
     config = config.with_window(window, kept)
     input_ids, mask = calibration_tokens(Path(folder), Path(text), config, tokens)
-    pieces: Any = load_tokenizer(folder).convert_ids_to_tokens
-    words = [words_of(pieces(row[valid].tolist())) for row, valid in zip(input_ids, mask, strict=True)]
+    pieces = {number: piece for piece, number in open_tokenizer(folder).get_vocab().items()}
+    words = [
+        words_of([pieces[number] for number in row[valid].tolist()]) for row, valid in zip(input_ids, mask, strict=True)
+    ]
     return diagnose_model(build_model(config, tensors), input_ids, mask, words)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.attention import GSASelfAttention
 from gsa_jax.checkpoint import REPORT_FILE, load_tensors, save, tokenizer_files
-from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig, LayerSplats, SplatConfig, Window
+from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig, LayerSplats, SplatConfig, Window, require_seed
 from gsa_jax.errors import InputError
 from gsa_jax.files import refuse_existing
 from gsa_jax.fitting.importance import HeadImportance, fit_importance
@@ -138,7 +138,7 @@ def fit_init(
         out: the checkpoint folder to make; must not exist.
         text: UTF-8 file of documents, as `gsa_jax.text` reads them.
         splats: what to attach; as the checkpoint has them if None, or the preset `hybrid` if it has none.
-        seed: of the clusters and of the rows that are looked at; the same seed gives the same bits.
+        seed: in [0, 2**32), of the clusters and of the rows that are looked at; the same seed gives the same bits.
         tokens: of the text to use, rounded up to whole rows.
         progress: wraps the names of the layers.
 
@@ -147,6 +147,7 @@ def fit_init(
     """
     folder, out, text = Path(folder), Path(out), Path(text)
     refuse_existing(out)
+    require_seed(seed)
     stored, tensors = load_tensors(folder)
     config = dataclasses.replace(stored, splats=splats or default_splats(stored))
     assert config.splats is not None
@@ -217,6 +218,7 @@ def fit_importance_anew(
     """
     folder, out, text = Path(folder), Path(out), Path(text)
     refuse_existing(out)
+    require_seed(seed)
     stored, tensors = load_tensors(folder)
     splats = splats or stored.splats
     if splats is None or stored.splats is None:

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.checkpoint import load_tokenizer
+from gsa_jax.checkpoint import open_tokenizer
 from gsa_jax.config import GPTNeoConfig, Window
 from gsa_jax.errors import InputError
 from gsa_jax.model import GPTNeoForCausalLM
@@ -43,7 +43,7 @@ def calibration_tokens(
     Raises:
         InputError: the text or the checkpoint's tokenizer cannot be read.
     """
-    documents, tokenizer = read_documents(text), load_tokenizer(folder)
+    documents, tokenizer = read_documents(text), open_tokenizer(folder)
     parts, found = [], 0
     for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
         parts.append(text_rows(documents[start : start + _DOCUMENTS_AT_ONCE], tokenizer, config))

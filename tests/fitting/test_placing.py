@@ -249,7 +249,17 @@ def test_importance_alone_is_learned_for_the_splats_that_are_there(plain: Path, 
 
 @pytest.mark.parametrize(
     "case",
-    ["no text", "short text", "no checkpoint", "unconverted", "damaged", "out exists", "no splats", "not finite"],
+    [
+        "no text",
+        "short text",
+        "no checkpoint",
+        "unconverted",
+        "damaged",
+        "out exists",
+        "no splats",
+        "not finite",
+        "seed",
+    ],
 )
 def test_bad_input_leaves_nothing(case: str, plain: Path, story_neo: Path, tmp_path: Path) -> None:
     folder, text, out, splats = plain, STORIES, tmp_path / "out", SPLATS
@@ -262,6 +272,7 @@ def test_bad_input_leaves_nothing(case: str, plain: Path, story_neo: Path, tmp_p
         "out exists": "exists already",
         "no splats": "num_splats = 0",
         "not finite": "not finite",
+        "seed": "seed = -1: must be a whole number from 0",
     }[case]
     if case == "no text":
         text = tmp_path / "nowhere.txt"
@@ -290,6 +301,6 @@ def test_bad_input_leaves_nothing(case: str, plain: Path, story_neo: Path, tmp_p
         save(folder, config, infinite, copied=tokenizer_files(plain))
     before = files_under(tmp_path)
     with pytest.raises(InputError, match=words) as refused:
-        fit_init(folder, out, text, splats=splats)
+        fit_init(folder, out, text, splats=splats, seed=-1 if case == "seed" else 0)
     assert "\n" not in str(refused.value)
     assert files_under(tmp_path) == before

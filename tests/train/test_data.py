@@ -116,6 +116,16 @@ def test_processes_share_the_batches_of_one(text, processes):
         assert sorted(itertools.chain.from_iterable(shares)) == sorted(whole)
 
 
+@pytest.mark.parametrize("processes", [1, BATCH])
+def test_a_batch_may_be_one_row(text, processes):
+    """Of the run, or of each process: the same rows one by one."""
+    rows = 3 * len(packed()) // BATCH * BATCH
+    together = [batches(text, batch_size=processes, process=n, processes=processes) for n in range(processes)]
+    found = [row for _ in range(rows // processes) for share in together for row in first_rows(share, 1)]
+    for begin in range(0, rows, BATCH):
+        assert sorted(found[begin : begin + BATCH]) == sorted(first_rows(batches(text), rows)[begin : begin + BATCH])
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_saved_state_goes_on_with_the_next_batch_also_on_more_processes(text, processes):
     iterator = batches(text)
