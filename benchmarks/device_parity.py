@@ -126,7 +126,7 @@ def greedy_tokens(bench: Bench) -> Iterator[Finding]:
     folder, new = story(bench), 16 if bench.brief else 64
     config, _ = load_tensors(folder)
     documents = read_documents(gsa_jax.assets.told_stories())[:3]
-    prompts = [row[:12] for row in document_tokens(documents, gsa_jax.load_tokenizer(folder), config)]
+    prompts = [row[:12].tolist() for row in document_tokens(documents, gsa_jax.load_tokenizer(folder), config)]
 
     def continuation(device: Device, mode: str) -> np.ndarray:
         with jax.default_device(device):

@@ -26,6 +26,7 @@ from gsa_jax.errors import InputError
 from gsa_jax.loss import mean_next_token_loss
 from gsa_jax.parameters import TOKEN_EMBEDDING, build_model, is_splat
 from gsa_jax.text import read_documents, text_rows
+from gsa_jax.text_files import Text, as_text_files
 
 _TOLERANCE = 1e-4
 """Relative RMS between two float32 computations with the same weights; rounding alone stays far below."""
@@ -72,13 +73,13 @@ class Comparison:
         return bool(np.isfinite(self.relative_rms)) and self.relative_rms <= self.tolerance
 
 
-def verify(source: str | Path, checkpoint: str | Path, *, text: Path | None = None) -> list[Comparison]:
+def verify(source: str | Path, checkpoint: str | Path, *, text: Text | None = None) -> list[Comparison]:
     """Compares a checkpoint's logits with Hugging Face PyTorch's and, if it is installed, Hugging Face Flax's.
 
     Args:
         source: the Hugging Face folder, or hub id, that the checkpoint was converted from.
         checkpoint: the checkpoint folder.
-        text: a UTF-8 file of documents, as `gsa_jax.text` reads them, to compare on besides random ids; the first 8
+        text: documents, as `gsa_jax.text_files` reads them, to compare on besides random ids; the first 8
             rows of 512 tokens at most.
 
     Raises:
@@ -92,7 +93,7 @@ def verify(source: str | Path, checkpoint: str | Path, *, text: Path | None = No
         raise InputError(f"{checkpoint}: has another configuration than {opened.folder}; was it converted from there?")
     inputs = [("random ids", *_random_ids(config))]
     if text is not None:
-        inputs.append((text.name, *_text_ids(text, config, checkpoint)))
+        inputs.append((as_text_files(text).name, *_text_ids(text, config, checkpoint)))
     tolerance = _tolerance(
         {opened.tensors[name].dtype for name in planned.sources.values()},
         {str(tensor.dtype) for tensor in tensors.values()},
@@ -142,9 +143,9 @@ def _random_ids(config: GPTNeoConfig) -> tuple[np.ndarray, np.ndarray]:
     return ids, mask
 
 
-def _text_ids(text: Path, config: GPTNeoConfig, checkpoint: str | Path) -> tuple[np.ndarray, np.ndarray]:
+def _text_ids(text: Text, config: GPTNeoConfig, checkpoint: str | Path) -> tuple[np.ndarray, np.ndarray]:
     context = min(_TEXT_CONTEXT, config.max_position_embeddings)
-    rows = text_rows(read_documents(text), load_tokenizer(checkpoint), config, context)
+    rows = text_rows(read_documents(text, _MAX_TEXT_ROWS), load_tokenizer(checkpoint), config, context)
     return rows.input_ids[:_MAX_TEXT_ROWS], rows.attention_mask[:_MAX_TEXT_ROWS]
 
 

@@ -18,7 +18,7 @@ ORDER = [
     {"layers", "layer_scan"},
     {"attention"},
     {"model"},
-    {"parameters", "files"},
+    {"parameters", "files", "text_files"},
     {"sharding", "loss", "sampling", "text"},
     {"checkpoint"},
     {"generation", "evaluation", "convert"},

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from gsa_jax.cli.base import Command, describe, print_table, progress
+from gsa_jax.cli.base import TextCommand, describe, print_table, progress
 from gsa_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Eval(Command):
+class Eval(TextCommand):
     """Measure what splats cost: a model with splats beside the exact one, with controls and 95 % intervals."""
 
     checkpoint: tyro.conf.Positional[Path]
     """Checkpoint folder, with splats."""
-    text: Path
-    """UTF-8 file of documents that the model has not been trained on."""
+    text: tuple[Path, ...]
+    """Files of documents that the model has not been trained on: UTF-8 text, .jsonl or .parquet, .gz as well."""
     task: Literal["perplexity", "passkey"] = "perplexity"
     """Predict the text; or find a number hidden in it, at 1, 2, 4 and 8 times the training length."""
     window: int | Literal["all"] | None = None
@@ -61,7 +61,7 @@ class Eval(Command):
         options = self._options()
         with new_file(self.json) if self.json else contextlib.nullcontext() as staging:
             run_task = evaluate_passkey if self.task == "passkey" else evaluate
-            found = run_task(self.checkpoint, self.text, **options)
+            found = run_task(self.checkpoint, self.text_files(), **options)
             if staging is not None:
                 staging.write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
         if isinstance(found, Passkey):

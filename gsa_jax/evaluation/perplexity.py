@@ -27,6 +27,7 @@ from gsa_jax.parameters import PositionExtension, build_model
 from gsa_jax.progress import Progress
 from gsa_jax.sharding import whole_on_host
 from gsa_jax.text import TextRows, read_documents, text_rows
+from gsa_jax.text_files import Text
 
 _SHORTEST = 64
 """Tokens; no row of text is padded to less."""
@@ -105,7 +106,7 @@ class Evaluation:
 
 def evaluate(
     folder: str | Path,
-    text: str | Path,
+    text: Text,
     *,
     window: Window | None = None,
     kept: int | None = None,
@@ -120,7 +121,7 @@ def evaluate(
     """Scores a checkpoint with splats and its controls on a text, in float32.
 
     Args:
-        text: UTF-8 file of documents, as `gsa_jax.text` reads them.
+        text: documents, as `gsa_jax.text_files` reads them.
         context: tokens of a row of text; all that the model has positions for if None.
         max_documents: the first so many; all if None.
         batch_size: rows of text that run together, at most.
@@ -142,7 +143,7 @@ def evaluate(
         position_extension=position_extension,
         reference=reference,
     )
-    documents = read_documents(text)[:max_documents]
+    documents = read_documents(text, max_documents)
     rows = text_rows(documents, tokenizer, arms["hybrid"][0], context)
     return score_arms(
         arms, documents, rows, checkpoint=str(folder), text=str(text), batch_size=batch_size, progress=progress
