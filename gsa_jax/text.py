@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _AT_ONCE = 2**20
-"""Characters that are tokenised together; the tokenizer takes some 35 bytes for each."""
+"""Characters that are tokenised together; the tokenizer takes some 35 bytes for each, and far more in one long text."""
+
+_PIECE = 2**16
+"""Characters of a piece of a long document."""
 
 
 def iterate_documents(text: Text) -> Iterator[str]:
@@ -109,7 +112,7 @@ def stream_tokens(
         InputError: as `read_pieces` and `document_tokens`.
     """
     dtype = token_dtype(config)
-    pieces = read_pieces(files, _AT_ONCE if _may_be_cut(tokenizer) else None)
+    pieces = read_pieces(files, _PIECE if _may_be_cut(tokenizer) else None)
     for ids, _ in _encoded(_shown(pieces, total_bytes(files), progress), tokenizer, config):
         yield ids.astype(dtype)
 

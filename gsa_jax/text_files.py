@@ -21,7 +21,7 @@ from gsa_jax.errors import InputError, first_line
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 
-_BLOCK = 2**20
+_BLOCK = 2**16
 """Bytes of a plain file that are read at once."""
 
 _PARQUET_ROWS = 256
@@ -212,45 +212,39 @@ def _cut_documents(blocks: Iterable[_Block], longest: int | None) -> Iterator[Pi
     """Documents of a file. What has been read of one is held as blocks, so that each character is moved a few times."""
     held: list[str] = []
     tail = ""  # what may be the beginning of a separator
-    begins, size = True, 0  # of what is held; `limit` is what it must reach before it is cut
-    limit = longest
+    begins, size, limit = True, 0, longest  # `size` of what is held; from `limit` on it is cut
     for block in blocks:
         *whole, rest = (tail + block.text).split(DOCUMENT_SEPARATOR)
         if block.ends:
             whole.append(rest)
             rest = ""
         for part in whole:
-            held.append(part)
-            text = "".join(held).rstrip()
-            if begins:
-                text = text.lstrip()
-            if text:
-                yield Piece(text, begins, block.read)
+            text = "".join([*held, part]).rstrip()
+            for piece in _cut(text.lstrip() if begins else text, longest):
+                yield Piece(piece, begins, block.read)
+                begins = False
             held, begins, size, limit = [], True, 0, longest
         kept = max(0, len(rest) - len(DOCUMENT_SEPARATOR) + 1)
         tail = rest[kept:]
         held.append(rest[:kept])
         size += kept
-        if limit is not None and longest is not None and size >= limit:
+        if longest is not None and limit is not None and size >= limit:
             text = "".join(held)
-            if begins:
-                text = text.lstrip()
-            cut = _last_cut(text)
-            if cut:
-                yield Piece(text[:cut], begins, block.read)
+            *done, text = _cut(text.lstrip() if begins else text, longest) or [""]
+            for piece in done:
+                yield Piece(piece, begins, block.read)
                 begins = False
-            held, size = [text[cut:]], len(text) - cut
-            limit = max(longest, 2 * size)  # a text without any such place is not searched block after block
+            held, size = [text], len(text)
+            limit = max(longest, 2 * size)  # a text without a place to cut is not searched block after block
 
 
-def _last_cut(text: str) -> int:
-    """The last place where it may be cut; 0 if there is none."""
-    near = max(0, len(text) - 4096)
-    for start in (near, 0):
-        cuts = [match.start() for match in _BETWEEN_WORDS.finditer(text, start)]
-        if cuts:
-            return cuts[-1]
-    return 0
+def _cut(text: str, longest: int | None) -> list[str]:
+    """Pieces of `longest` characters and what is left of a word, the last one aside; none of an empty text."""
+    pieces, start = [], 0
+    while longest is not None and (place := _BETWEEN_WORDS.search(text, start + longest)):
+        pieces.append(text[start : place.start()])
+        start = place.start()
+    return [*pieces, text[start:]] if text else []
 
 
 @contextlib.contextmanager
