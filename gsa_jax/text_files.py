@@ -128,14 +128,14 @@ def _blocks(path: Path, field: str) -> Iterator[_Block]:
         return
     with path.open("rb") as raw:
         zipped = path.suffix.lower() == ".gz"
-        file: Any = gzip.GzipFile(fileobj=raw) if zipped else raw
+        file = gzip.GzipFile(fileobj=raw) if zipped else raw
         if (path.with_suffix("") if zipped else path).suffix.lower() == ".jsonl":
             yield from _json_lines(path, file, raw, field)
         else:
             yield from _characters(path, file, raw)
 
 
-def _characters(path: Path, file: BinaryIO, raw: BinaryIO) -> Iterator[_Block]:
+def _characters(path: Path, file: io.BufferedIOBase, raw: BinaryIO) -> Iterator[_Block]:
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     read = 0
     ended = False
@@ -152,7 +152,7 @@ def _characters(path: Path, file: BinaryIO, raw: BinaryIO) -> Iterator[_Block]:
         yield _Block(text, ended, _position(raw))
 
 
-def _json_lines(path: Path, file: Iterable[bytes], raw: BinaryIO, field: str) -> Iterator[_Block]:
+def _json_lines(path: Path, file: io.BufferedIOBase, raw: BinaryIO, field: str) -> Iterator[_Block]:
     for number, line in enumerate(file, 1):
         if line.isspace():
             continue

@@ -60,10 +60,8 @@ class Tokenize(Command):
 
     checkpoint: tyro.conf.Positional[Path]
     """Folder with the configuration and the tokenizer of a model."""
-    text: tyro.conf.Positional[tuple[Path, ...]]
-    """Files of documents: UTF-8 text, .jsonl or .parquet; the first two also gzipped (.gz)."""
-    out: tyro.conf.Positional[Path]
-    """File to make; its name ends in .bin."""
+    files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT [TEXT ...] OUT.bin")]
+    """Files of documents: UTF-8 text, .jsonl or .parquet, the first two also gzipped (.gz); then the file to make."""
     text_field: str = "text"
     """Field of .jsonl and .parquet files that holds the text."""
 
@@ -73,10 +71,13 @@ class Tokenize(Command):
         from gsa_jax.text_files import TextFiles
         from gsa_jax.train.data import write_tokens
 
+        if len(self.files) < 2:
+            raise InputError("tokenize takes a checkpoint, files of text and, last, the file to make")
+        *text, out = self.files
         config = read_config(self.checkpoint / CONFIG_FILE)
         tokens = write_tokens(
-            TextFiles(self.text, self.text_field),
-            self.out,
+            TextFiles(tuple(text), self.text_field),
+            out,
             load_tokenizer(self.checkpoint),
             config,
             progress=lambda names: progress(names, "tokenising"),
