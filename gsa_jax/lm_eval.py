@@ -2,7 +2,7 @@
 
 The harness finds it as `gsa` through the entry point in its group `lm_eval.models`, where its version looks there;
 `gsa lm-eval` hands it over in person, with every version. May be changed here: how requests are batched and scored.
-What the harness asks for is described in its `docs/model_guide.md`, and its own `hf` backend is the oracle of the tests.
+What the harness asks for is described in its `docs/model_guide.md`; its own backend `hf` is the oracle of the tests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gsa_jax.config import Window
 from gsa_jax.errors import InputError
 from gsa_jax.generation import generate_stream
 from gsa_jax.ops.linear import linear
-from gsa_jax.sampling import Sampler, make_sampler
+from gsa_jax.sampling import Greedy, Sampler, make_sampler
 from gsa_jax.text import start_token
 
 if TYPE_CHECKING:
@@ -187,15 +187,15 @@ class GaussianSplatLM(TemplateLM):
         until = handle_stop_sequences(options.pop("until"), eos=self.tokenizer.decode([self.eot_token_id]))
         new_tokens = options.pop("max_gen_toks")
         samples, temperature = options.pop("do_sample"), options.pop("temperature", 1.0)
-        chosen = {name: options.pop(name) for name in ("top_k", "top_p") if name in options}
+        top_k, top_p = options.pop("top_k", None), options.pop("top_p", None)
         if options:
             raise InputError(f"a task asks for {', '.join(options)} in generation, which is not known here")
-        sampler = make_sampler(temperature=temperature, **chosen) if samples else make_sampler(temperature=0)
-        return until, new_tokens, sampler
+        if not samples:
+            return until, new_tokens, Greedy()
+        top_p = None if top_p is None else float(top_p)
+        return until, new_tokens, make_sampler(temperature=float(temperature), top_k=top_k, top_p=top_p)
 
-    def _continue(
-        self, prompts: Sequence[list[int]], until: list[str], new_tokens: int, sampler: Sampler
-    ) -> list[str]:
+    def _continue(self, prompts: Sequence[list[int]], until: list[str], new_tokens: int, sampler: Sampler) -> list[str]:
         full = [prompts[place % len(prompts)] for place in range(self.batch_size)]  # one shape for the last batch too
         steps = []
         texts = [""] * len(prompts)
@@ -210,7 +210,10 @@ class GaussianSplatLM(TemplateLM):
             steps.append(step)
             rows = np.concatenate(steps, axis=1)[: len(prompts)]
             texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-            if all((row == self.eot_token_id).any() or any(map(text.__contains__, until)) for row, text in zip(rows, texts, strict=True)):
+            if all(
+                (row == self.eot_token_id).any() or any(map(text.__contains__, until))
+                for row, text in zip(rows, texts, strict=True)
+            ):
                 break
         return [postprocess_generated_text(text, stop=until, think_end_token=None) for text in texts]
 

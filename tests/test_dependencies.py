@@ -22,7 +22,7 @@ ORDER = [
     {"sharding", "loss", "sampling", "text"},
     {"checkpoint"},
     {"generation", "evaluation", "convert"},
-    {"fitting"},
+    {"fitting", "lm_eval"},
     {"train"},
     {"cli"},
 ]

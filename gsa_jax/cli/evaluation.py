@@ -25,10 +25,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval(TextCommand):
-    """Measure what splats cost: a model with splats beside the exact one, with controls and 95 % intervals."""
+    """Measure what splats cost: a model with splats beside the exact one, with controls and 95 % intervals.
+
+    Of a checkpoint without splats, the exact model alone is measured.
+    """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Checkpoint folder, with splats."""
+    """Checkpoint folder, with splats or without."""
     text: tuple[Path, ...]
     """Files of documents that the model has not been trained on: UTF-8 text, .jsonl or .parquet, .gz as well."""
     task: Literal["perplexity", "passkey"] = "perplexity"
@@ -91,8 +94,11 @@ class Eval(TextCommand):
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:
+    splats = evaluation.splats
+    layers = ", ".join(map(str, evaluation.layers))
+    has = "no splats, the exact model alone" if splats is None else f"{describe(splats)} in layers {layers}"
     print_table(
-        f"{evaluation.checkpoint}: {describe(evaluation.splats)} in layers {', '.join(map(str, evaluation.layers))}",
+        f"{evaluation.checkpoint}: {has}",
         ["model", "cross-entropy", "perplexity", "bits/byte", "ratio to exact"],
         [
             [
@@ -123,11 +129,13 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         print(note)
     documents = "1 document" if evaluation.documents == 1 else f"{evaluation.documents:,} documents"
     print(f"{documents}, {evaluation.tokens:,} tokens, {evaluation.bytes:,} bytes; context {evaluation.context}")
+    if splats is None:
+        return
     print(f"splat layers remember {evaluation.state_bytes:,} bytes of a text of any length")
     gaps = {
         "window-only": (
             evaluation.gap_closed,
-            "splats and kept keys close" if evaluation.splats.keeps else "splats close",
+            "splats and kept keys close" if splats.keeps else "splats close",
         ),
         "without-splats": (evaluation.closed_by_splats, "splats close"),
         "without-kept": (evaluation.closed_by_kept, "kept keys close"),

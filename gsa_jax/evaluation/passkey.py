@@ -176,6 +176,8 @@ def evaluate_passkey(
         position_extension=position_extension,
         reference=reference,
     )
+    if "hybrid" not in arms:
+        raise InputError(f"{folder}: has no splats to ask for what lies far back; attach and fit them: gsa fit-init")
     config, _ = arms["hybrid"]
     splats = config.splats
     assert splats is not None and splats.window != "all", "load_arms refuses the other ones"
