@@ -7,9 +7,10 @@ May be changed here: the order of these. A run is a folder:
       metrics.jsonl   a line for each step and each evaluation
       steps/          checkpoints of the run, each with the configuration
       model/          the result, an ordinary checkpoint folder
+      model-STEPS/    the result of fewer steps, if there were more to make later
 
-The same command on an existing run goes on from its newest checkpoint, and what it computes from there is bit for bit
-what it would have computed without the interruption.
+The same command on an existing run, or one with more steps, goes on from its newest checkpoint, and what it computes
+from there is bit for bit what it would have computed without the interruption.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ def train(
 
     Raises:
         InputError: something that the run needs cannot be used; the folder holds a run with another configuration,
-            another text or another checkpoint to start from; the
-            loss is not finite; or the disk is full. Checkpoints that were complete stay.
+            another text or another checkpoint to start from; the loss is not finite; or the disk is full. Checkpoints
+            that were complete stay.
     """
     config.check()
     start = prepare(config)
