@@ -214,7 +214,7 @@ def resume(bench: Bench) -> Iterator[Finding]:
         return Finetune(
             checkpoint=story(bench),
             out=bench.folder / out,
-            text=gsa_jax.assets.told_stories(),
+            text=(gsa_jax.assets.told_stories(),),
             steps=steps,
             # The loop spreads rows over all devices of the machine.
             batch_size=4 * jax.device_count(),

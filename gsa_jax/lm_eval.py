@@ -129,7 +129,7 @@ class GaussianSplatLM(TemplateLM):
         return totals
 
     def _loglikelihood_tokens(
-        self, requests: list[ScoredTokens], disable_tqdm: bool = False, **kwargs: Any
+        self, requests: Sequence[ScoredTokens], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         del kwargs
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # of a continuation without tokens
@@ -151,19 +151,21 @@ class GaussianSplatLM(TemplateLM):
             for place, n in enumerate(batch):
                 logs, greedy = (np.asarray(part)[place, -counts[n] :] for part in found)
                 answers[n] = float(logs.sum(dtype=np.float64)), bool(greedy.all())
-                if requests[n][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[n][0], answers[n])
+                texts = requests[n][0]
+                if texts is not None:
+                    self.cache_hook.add_partial("loglikelihood", texts, answers[n])
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continues contexts up to a text of `until`, the end token, or as many tokens as are allowed."""
         groups: dict[str, list[int]] = {}
-        for n, request in enumerate(requests):
-            groups.setdefault(repr(sorted(request.args[1].items())), []).append(n)
+        asked: list[Any] = [request.args for request in requests]
+        for n, (_, options) in enumerate(asked):
+            groups.setdefault(repr(sorted(options.items())), []).append(n)
         answers = [""] * len(requests)
-        contexts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        contexts = [self.tok_encode(text) or [self.prefix_token_id] for text, _ in asked]
         for group in groups.values():
-            until, new_tokens, sampler = self._generation(requests[group[0]].args[1])
+            until, new_tokens, sampler = self._generation(asked[group[0]][1])
             kept = self.max_length - new_tokens
             if kept < 1:
                 raise InputError(
@@ -174,7 +176,7 @@ class GaussianSplatLM(TemplateLM):
                 prompts = [contexts[n][-kept:] for n in batch]
                 for n, text in zip(batch, self._continue(prompts, until, new_tokens, sampler), strict=True):
                     answers[n] = text
-                    self.cache_hook.add_partial("generate_until", requests[n].args, text)
+                    self.cache_hook.add_partial("generate_until", asked[n], text)
         return answers
 
     def _generation(self, asked: dict[str, Any]) -> tuple[list[str], int, Sampler]:

@@ -44,7 +44,7 @@ class TokenStream:
 
     def fingerprint(self) -> str:
         """What tells these tokens from others, wherever they are read from: the SHA-256 of their ids."""
-        return hashlib.sha256(np.ascontiguousarray(self.ids).view(np.uint8)).hexdigest()
+        return hashlib.sha256(np.ascontiguousarray(self.ids).data).hexdigest()
 
 
 class TokenRows:
@@ -85,9 +85,9 @@ def read_tokens(files: TextFiles, tokenizer: Any, config: GPTNeoConfig, *, progr
 
 
 def _token_file(files: TextFiles, config: GPTNeoConfig) -> Integer[np.ndarray, "N"]:
-    if len(files.paths) > 1:
+    if len(files.paths) != 1:
         raise InputError(f"{files}: a {TOKEN_SUFFIX} file is a training text of its own; give it alone")
-    (path,) = files.paths
+    path = files.paths[0]
     try:
         size = path.stat().st_size
         if size == 0 or size % TOKEN_DTYPE.itemsize:

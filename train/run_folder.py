@@ -41,7 +41,7 @@ def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
     for name in sorted(tensors):
         tensor = np.ascontiguousarray(tensors[name])
         found.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-        found.update(tensor.reshape(-1).view(np.uint8))
+        found.update(tensor.reshape(-1).view(np.uint8).data)
     return found.hexdigest()
 
 

@@ -46,7 +46,7 @@ class LmEval(Command):
         from gsa_jax.files import new_file
 
         try:
-            from lm_eval import simple_evaluate
+            from lm_eval.evaluator import simple_evaluate
             from lm_eval.tasks import TaskManager
             from lm_eval.utils import handle_non_serializable, make_table
         except ModuleNotFoundError:
@@ -66,7 +66,7 @@ class LmEval(Command):
             try:
                 results = simple_evaluate(
                     model=model,
-                    tasks=manager.match_tasks(list(self.tasks)),
+                    tasks=[*manager.match_tasks(list(self.tasks))],
                     task_manager=manager,
                     num_fewshot=self.num_fewshot,
                     limit=self.limit,
