@@ -96,7 +96,7 @@ class Eval(TextCommand):
 def _print_evaluation(evaluation: Evaluation) -> None:
     splats = evaluation.splats
     layers = ", ".join(map(str, evaluation.layers))
-    has = "no splats, the exact model alone" if splats is None else f"{describe(splats)} in layers {layers}"
+    has = "without splats" if splats is None else f"{describe(splats)} in layers {layers}"
     print_table(
         f"{evaluation.checkpoint}: {has}",
         ["model", "cross-entropy", "perplexity", "bits/byte", "ratio to exact"],
