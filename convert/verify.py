@@ -28,6 +28,7 @@ from gsa_jax.hf_fields import SPLAT_MODEL_TYPE
 from gsa_jax.loss import mean_next_token_loss
 from gsa_jax.parameters import TOKEN_EMBEDDING, build_model, is_splat
 from gsa_jax.text import read_documents, text_rows
+from gsa_jax.text_files import Text, as_text_files
 
 _TOLERANCE = 1e-4
 """Relative RMS between two float32 computations with the same weights; rounding alone stays far below."""
@@ -78,7 +79,7 @@ def verify(
     source: str | Path,
     checkpoint: str | Path,
     *,
-    text: Path | None = None,
+    text: Text | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
 ) -> list[Comparison]:
@@ -90,7 +91,7 @@ def verify(
     Args:
         source: the Hugging Face folder, or hub id, that the checkpoint was converted from, or exported to.
         checkpoint: the checkpoint folder.
-        text: a UTF-8 file of documents, as `gsa_jax.text` reads them, to compare on besides random ids; the first 8
+        text: documents, as `gsa_jax.text_files` reads them, to compare on besides random ids; the first 8
             rows of 512 tokens at most.
         revision: of a hub's repository: a branch, a tag or a commit.
         subfolder: of the source, that holds the model.
@@ -109,7 +110,7 @@ def verify(
         raise InputError(f"{checkpoint}: has another configuration than {opened.folder}; was it converted from there?")
     inputs = [("random ids", *_random_ids(config))]
     if text is not None:
-        inputs.append((text.name, *_text_ids(text, config, checkpoint)))
+        inputs.append((as_text_files(text).name, *_text_ids(text, config, checkpoint)))
     tolerance = _tolerance(
         {opened.tensors[name].dtype for name in planned.sources.values()},
         {str(tensor.dtype) for tensor in tensors.values()},
@@ -159,9 +160,9 @@ def _random_ids(config: GPTNeoConfig) -> tuple[np.ndarray, np.ndarray]:
     return ids, mask
 
 
-def _text_ids(text: Path, config: GPTNeoConfig, checkpoint: str | Path) -> tuple[np.ndarray, np.ndarray]:
+def _text_ids(text: Text, config: GPTNeoConfig, checkpoint: str | Path) -> tuple[np.ndarray, np.ndarray]:
     context = min(_TEXT_CONTEXT, config.max_position_embeddings)
-    rows = text_rows(read_documents(text), open_tokenizer(checkpoint), config, context)
+    rows = text_rows(read_documents(text, _MAX_TEXT_ROWS), open_tokenizer(checkpoint), config, context)
     return rows.input_ids[:_MAX_TEXT_ROWS], rows.attention_mask[:_MAX_TEXT_ROWS]
 
 

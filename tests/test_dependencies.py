@@ -21,11 +21,11 @@ ORDER = [
     {"layers", "layer_scan"},
     {"attention"},
     {"model"},
-    {"parameters", "files"},
+    {"parameters", "files", "text_files"},
     {"sharding", "loss", "sampling", "text", "prompts"},
     {"checkpoint"},
     {"generation", "evaluation", "convert"},
-    {"fitting", "completion"},
+    {"fitting", "completion", "lm_eval"},
     {"train"},
     {"cli"},
 ]

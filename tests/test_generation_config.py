@@ -8,7 +8,7 @@ import pytest
 
 from gsa_jax import GPTNeoConfig, InputError, load
 from gsa_jax.generation_config import GenerationConfig, read_generation_config
-from helpers.tiny_models import VOCAB, tiny_config
+from helpers.tiny_models import tiny_config
 
 SETTINGS: list[dict[str, Any]] = [
     {"eos_token_id": 7},

@@ -95,10 +95,12 @@ class TrainConfig:
 
     out: tyro.conf.Positional[Path]
     """Folder of the run; the same command goes on with a run that was stopped."""
-    text: Path
-    """Training text: a UTF-8 file of documents, or a .bin file of uint16 token ids."""
-    eval_text: Path | None = None
-    """UTF-8 file of held-out documents; without one nothing is evaluated."""
+    text: tuple[Path, ...]
+    """Training text: files of UTF-8 text, .jsonl or .parquet, .gz as well; or one .bin file of uint16 token ids."""
+    eval_text: tuple[Path, ...] = ()
+    """Held-out text, in files of the same kinds but .bin; without any nothing is evaluated."""
+    text_field: str = "text"
+    """Field of .jsonl and .parquet files that holds the text."""
     steps: int = 1000
     """Optimiser steps."""
     batch_size: int = 8
@@ -127,6 +129,12 @@ class TrainConfig:
     tensorboard: bool = False
     """Write event files as well, with tensorboardX."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("text", "eval_text"):  # of one file, in Python, the path will do
+            path = getattr(self, name)
+            if isinstance(path, str | Path):
+                object.__setattr__(self, name, (Path(path),))
 
     @property
     def recipe(self) -> str:

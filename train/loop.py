@@ -7,9 +7,10 @@ May be changed here: the order of these. A run is a folder:
       metrics.jsonl   a line for each step and each evaluation
       steps/          checkpoints of the run, each with the configuration
       model/          the result, an ordinary checkpoint folder
+      model-STEPS/    the result of fewer steps, if there were more to make later
 
-The same command on an existing run goes on from its newest checkpoint, and what it computes from there is bit for bit
-what it would have computed without the interruption.
+The same command on an existing run, or one with more steps, goes on from its newest checkpoint, and what it computes
+from there is bit for bit what it would have computed without the interruption.
 """
 
 from __future__ import annotations
@@ -34,16 +35,18 @@ from jax.sharding import Mesh
 
 from gsa_jax.checkpoint import open_tokenizer, save, tokenizer_files
 from gsa_jax.errors import InputError
+from gsa_jax.progress import Progress
 from gsa_jax.sharding import batch_share, check_mesh, make_mesh, shard_batch, shard_tensors, shardings
 from gsa_jax.text import context_length
+from gsa_jax.text_files import TextFiles
 from gsa_jax.train.checkpoints import Restored, RunCheckpoints
 from gsa_jax.train.config import TrainConfig
-from gsa_jax.train.data import row_batches
+from gsa_jax.train.data import read_tokens, row_batches
 from gsa_jax.train.evaluator import Evaluator
 from gsa_jax.train.metrics import MetricsLog, Record
 from gsa_jax.train.program import StepProgram
 from gsa_jax.train.recipes import Start, prepare, random_tensors
-from gsa_jax.train.run_folder import MODEL_FOLDER, STEPS_FOLDER, open_run
+from gsa_jax.train.run_folder import MODEL_FOLDER, STEPS_FOLDER, fingerprint, open_run
 from gsa_jax.train.step import State
 
 _TIMED_STEPS = 20
@@ -65,7 +68,9 @@ class Outcome:
     model: Path
 
 
-def train(config: TrainConfig, *, report: Callable[[Record], None] = lambda record: None) -> Outcome:
+def train(
+    config: TrainConfig, *, report: Callable[[Record], None] = lambda record: None, progress: Progress = iter
+) -> Outcome:
     """Trains, from the start or from the newest checkpoint of the run, on all devices of all processes.
 
     On SIGTERM the run saves and returns. With several processes, all of them call this, after
@@ -74,10 +79,12 @@ def train(config: TrainConfig, *, report: Callable[[Record], None] = lambda reco
     Args:
         report: is given each record of `metrics.jsonl`, and `{"kind": "note", "text": ...}` for what a user should
             know.
+        progress: wraps names, one for each MB of text that is tokenised.
 
     Raises:
-        InputError: something that the run needs cannot be used; the folder holds a run with another configuration; the
-            loss is not finite; or the disk is full. Checkpoints that were complete stay.
+        InputError: something that the run needs cannot be used; the folder holds a run with another configuration,
+            another text or another checkpoint to start from; the loss is not finite; or the disk is full. Checkpoints
+            that were complete stay.
     """
     config.check()
     start = prepare(config)
@@ -85,9 +92,9 @@ def train(config: TrainConfig, *, report: Callable[[Record], None] = lambda reco
     context = context_length(start.model, config.context)
     process, processes = (0, 1) if mesh is None else batch_share(mesh)
     tokenizer = open_tokenizer(start.tokenizer)
+    tokens = read_tokens(TextFiles(config.text, config.text_field), tokenizer, start.model, progress=progress)
     data = row_batches(
-        config.text,
-        tokenizer,
+        tokens,
         start.model,
         context=context,
         batch_size=config.batch_size,
@@ -96,7 +103,12 @@ def train(config: TrainConfig, *, report: Callable[[Record], None] = lambda reco
         processes=processes,
     )
     evaluator = Evaluator(config, start.model, tokenizer, context)
-    resolved = open_run(config, start.model)
+    content = {"text": tokens.fingerprint()}
+    if start.stored is not None:
+        content["checkpoint"] = fingerprint(start.stored)
+    resolved, notes = open_run(config, start.model, content)
+    for note in notes:
+        report({"kind": "note", "text": note})
     with contextlib.ExitStack() as stack:
         should_stop = stack.enter_context(_termination())
         checkpoints = stack.enter_context(RunCheckpoints(config.out / STEPS_FOLDER, keep=config.keep))

@@ -24,6 +24,7 @@ from gsa_jax.cli.conversion import Convert, Export, Verify
 from gsa_jax.cli.evaluation import Eval
 from gsa_jax.cli.fitting import Diagnose, FitInit
 from gsa_jax.cli.generation import Generate
+from gsa_jax.cli.harness import LmEval
 from gsa_jax.cli.training import Tokenize, Train, check_preset
 from gsa_jax.errors import InputError
 
@@ -36,6 +37,7 @@ _COMMANDS: dict[str, Any] = {
     "tokenize": Tokenize,
     "train": Train,
     "eval": Eval,
+    "lm-eval": LmEval,
     "export": Export,
 }
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from gsa_jax.cli.base import Command, SplatCommand, print_table, progress, status
+from gsa_jax.cli.base import Command, SplatCommand, TextCommand, print_table, progress, status
 from gsa_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -115,15 +115,15 @@ class Export(Command):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Verify(Command):
+class Verify(TextCommand):
     """Compare a checkpoint's logits with those of its PyTorch source."""
 
     source: tyro.conf.Positional[str]
     """Hugging Face folder, or hub id, that was converted."""
     checkpoint: tyro.conf.Positional[Path]
     """Checkpoint folder."""
-    text: Path | None = None
-    """UTF-8 file to compare on, besides random ids."""
+    text: tuple[Path, ...] = ()
+    """Files of documents to compare on, besides random ids."""
     revision: str | None = None
     """Branch, tag or commit of the hub's repository."""
     subfolder: str | None = None
@@ -134,7 +134,11 @@ class Verify(Command):
 
         with status("running both models"):
             comparisons = verify(
-                self.source, self.checkpoint, text=self.text, revision=self.revision, subfolder=self.subfolder
+                self.source,
+                self.checkpoint,
+                text=self.text_files() if self.text else None,
+                revision=self.revision,
+                subfolder=self.subfolder,
             )
         print_table(
             f"{self.checkpoint} against {self.source}",

@@ -44,7 +44,9 @@ def load_arms(
     position_extension: PositionExtension = "interpolate",
     reference: str | Path | None = None,
 ) -> tuple[dict[str, Arm], Tokenizer, int]:
-    """The arms of a checkpoint with splats, its tokenizer, and how many positions it has as stored.
+    """The arms of a checkpoint, its tokenizer, and how many positions it has as stored.
+
+    A checkpoint without splats has one arm, the exact one.
 
     Args:
         window: tokens that splat layers attend to exactly; as stored if None.
@@ -55,8 +57,8 @@ def load_arms(
             it has any, are not used. The checkpoint's own exact model if None.
 
     Raises:
-        InputError: a checkpoint or tokenizer cannot be used; there are no splats; the window is `"all"`; the positions
-            are fewer than the checkpoint's; or the reference has another vocabulary.
+        InputError: a checkpoint or tokenizer cannot be used; there are no splats to compare a reference with; the
+            window is `"all"`; the positions are fewer than the checkpoint's; or the reference has another vocabulary.
     """
     stored, tensors = load_tensors(folder)
     config = stored.with_window(window, kept)
@@ -71,6 +73,8 @@ def load_arms(
         config, tensors = extend_positions(config, tensors, max_positions, position_extension)
         if exact is not None and exact[0].max_position_embeddings < max_positions:
             exact = extend_positions(*exact, max_positions, position_extension)
+    if config.splats is None and exact is None:
+        return {"exact": (config, tensors)}, tokenizer, stored.max_position_embeddings
     return make_arms(config, tensors, exact), tokenizer, stored.max_position_embeddings
 
 

@@ -30,6 +30,7 @@ from gsa_jax.evaluation.intervals import Estimate
 from gsa_jax.parameters import PositionExtension, build_model
 from gsa_jax.progress import Progress
 from gsa_jax.text import document_tokens, read_documents
+from gsa_jax.text_files import Text
 
 if TYPE_CHECKING:
     from gsa_jax.tokenizer import Tokenizer
@@ -131,7 +132,7 @@ class Items:
 
 def evaluate_passkey(
     folder: str | Path,
-    text: str | Path,
+    text: Text,
     *,
     window: Window | None = None,
     kept: int | None = None,
@@ -149,7 +150,7 @@ def evaluate_passkey(
     Intervals are 95 % ones: Wilson's for shares, Student's for the mean of the margin in `CANDIDATES` items.
 
     Args:
-        text: UTF-8 file of documents, as `gsa_jax.text` reads them, to hide numbers in.
+        text: documents, as `gsa_jax.text_files` reads them, to hide numbers in.
         context: the training length, of which items are multiples; all positions of the stored checkpoint if None.
         max_documents: the first so many; all if None.
         items: of each length; a multiple of `CANDIDATES`.
@@ -175,6 +176,8 @@ def evaluate_passkey(
         position_extension=position_extension,
         reference=reference,
     )
+    if "hybrid" not in arms:
+        raise InputError(f"{folder}: has no splats to ask for what lies far back; attach and fit them: gsa fit-init")
     config, _ = arms["hybrid"]
     splats = config.splats
     assert splats is not None and splats.window != "all", "load_arms refuses the other ones"
@@ -188,7 +191,7 @@ def evaluate_passkey(
     notes = [*left_out(config)]
     if too_long:
         notes.append(f"left out: {', '.join(too_long)}; {remedy} {max(lengths.values())}")
-    documents = read_documents(text)[:max_documents]
+    documents = read_documents(text, max_documents)
     by_length = {
         multiple: make_items(documents, tokenizer, config, length, items) for multiple, length in fitting.items()
     }

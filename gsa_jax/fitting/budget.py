@@ -41,6 +41,7 @@ from gsa_jax.ops import Splats
 from gsa_jax.parameters import attention_tensor, build_model, expected_shapes, without_splats
 from gsa_jax.progress import Progress
 from gsa_jax.text import TextRows
+from gsa_jax.text_files import Text
 
 SPLATS = (0, 8, 16, 32, 64, 128)
 WINDOWS = (4, 8, 16, 32, 64, 128, 256)
@@ -105,7 +106,7 @@ class Budget:
 
 def spend(
     folder: str | Path,
-    text: str | Path,
+    text: Text,
     budget: int,
     *,
     splats: SplatConfig,
@@ -115,7 +116,7 @@ def spend(
     """Chooses splats, windows and kept keys for the layers of a checkpoint within a number of bytes.
 
     Args:
-        text: UTF-8 file of documents to calibrate on.
+        text: documents to calibrate on, as `gsa_jax.text_files` reads them.
         budget: bytes of state of one text, float32, over all layers with splats.
         splats: which layers have splats, and with which terms; its numbers do not matter.
         seed: of clusters and rows.
@@ -134,7 +135,7 @@ def spend(
         raise InputError(
             f"state budget = {budget:,} bytes: too small for splats in {len(layers)} layers; give at least {least:,}"
         )
-    ids, mask = calibration_tokens(Path(folder), Path(text), config, 2 * _TOKENS)
+    ids, mask = calibration_tokens(Path(folder), text, config, 2 * _TOKENS)
     half = int(np.searchsorted(np.cumsum(mask.sum(axis=1)), mask.sum() // 2)) + 1
     chosen_by, held_out = (
         TextRows(ids[part], mask[part], np.arange(len(ids))[part]) for part in (slice(half), slice(half, None))

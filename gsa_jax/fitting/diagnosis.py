@@ -39,6 +39,7 @@ from gsa_jax.ops import Splats
 from gsa_jax.ops.kept import importance
 from gsa_jax.ops.reference import most_important
 from gsa_jax.parameters import build_model, named_parameters, without_splats
+from gsa_jax.text_files import Text
 
 _SEED = 0
 
@@ -123,7 +124,7 @@ class Diagnostics:
 
 def diagnose(
     folder: str | Path,
-    text: str | Path,
+    text: Text,
     *,
     window: Window | None = None,
     kept: int | None = None,
@@ -142,7 +143,7 @@ def diagnose(
     """
     config, tensors = load_tensors(folder)
     config = config.with_window(window, kept)
-    input_ids, mask = calibration_tokens(Path(folder), Path(text), config, tokens)
+    input_ids, mask = calibration_tokens(Path(folder), text, config, tokens)
     pieces = {number: piece for piece, number in open_tokenizer(folder).get_vocab().items()}
     words = [
         words_of([pieces[number] for number in row[valid].tolist()]) for row, valid in zip(input_ids, mask, strict=True)

@@ -41,6 +41,7 @@ from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.ops import Splats, no_splats
 from gsa_jax.parameters import attention_tensor, build_model, expected_shapes, is_splat, without_splats
 from gsa_jax.progress import Progress
+from gsa_jax.text_files import Text, TextFiles, as_text_files
 
 FIT_REPORT_FILE = "fit_init.json"
 
@@ -111,7 +112,7 @@ class FitReport:
 def fit_init(
     folder: str | Path,
     out: str | Path,
-    text: str | Path,
+    text: Text,
     *,
     splats: SplatConfig | None = None,
     seed: int = 0,
@@ -136,7 +137,7 @@ def fit_init(
     Args:
         folder: a checkpoint, with splats, which are replaced, or without.
         out: the checkpoint folder to make; must not exist.
-        text: UTF-8 file of documents, as `gsa_jax.text` reads them.
+        text: documents, as `gsa_jax.text_files` reads them.
         splats: what to attach; as the checkpoint has them if None, or the preset `hybrid` if it has none.
         seed: in [0, 2**32), of the clusters and of the rows that are looked at; the same seed gives the same bits.
         tokens: of the text to use, rounded up to whole rows.
@@ -145,7 +146,7 @@ def fit_init(
     Raises:
         InputError: the checkpoint or the text cannot be used, or the output cannot be written. Nothing is left behind.
     """
-    folder, out, text = Path(folder), Path(out), Path(text)
+    folder, out, text = Path(folder), Path(out), as_text_files(text)
     refuse_existing(out)
     require_seed(seed)
     stored, tensors = load_tensors(folder)
@@ -173,7 +174,7 @@ def fit_init(
 def _saved(
     folder: Path,
     out: Path,
-    text: Path,
+    text: TextFiles,
     config: GPTNeoConfig,
     weights: dict[str, np.ndarray],
     fitted: dict[str, np.ndarray],
@@ -195,7 +196,7 @@ def _saved(
 def fit_importance_anew(
     folder: str | Path,
     out: str | Path,
-    text: str | Path,
+    text: Text,
     *,
     splats: SplatConfig | None = None,
     seed: int = 0,
@@ -216,7 +217,7 @@ def fit_importance_anew(
     Raises:
         InputError: as `fit_init`; or the checkpoint has no splats, keeps no keys, or has others than `splats` says.
     """
-    folder, out, text = Path(folder), Path(out), Path(text)
+    folder, out, text = Path(folder), Path(out), as_text_files(text)
     refuse_existing(out)
     require_seed(seed)
     stored, tensors = load_tensors(folder)

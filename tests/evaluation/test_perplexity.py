@@ -296,6 +296,28 @@ def test_the_command_leaves_nothing_behind(run_gsa, checkpoint: Path, tmp_path: 
     assert out.read_text(encoding="utf-8") == "mine" and list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.parity
+def test_without_splats_the_exact_model_is_measured_alone(run_gsa, story_neo: Path, tmp_path: Path) -> None:
+    """By PyTorch's word."""
+    import torch
+
+    convert(tiny_folder(tmp_path / "source", story_neo), tmp_path / "plain")
+    found = evaluate(tmp_path / "plain", STORIES, context=CONTEXT)
+    (arm,) = found.arms
+    assert arm.name == "exact" and arm.perplexity_ratio.value == 1
+    assert (found.splats, found.layers, found.state_bytes, found.gap_closed) == (None, (), 0, None)
+    with torch.no_grad():
+        expected = losses(lambda ids: torch_model("exact")(ids).logits.numpy(), tmp_path / "plain")
+    assert found.tokens == len(expected) and arm.cross_entropy.value == pytest.approx(expected[:, 0].mean(), abs=1e-5)
+    outcome = run_gsa("eval", tmp_path / "plain", "--text", STORIES, "--context", CONTEXT)
+    assert outcome.code == 0 and "plain: without splats" in " ".join(outcome.out.split())
+    assert f"{arm.perplexity.value:.3f} [" in outcome.out and "splat layers remember" not in outcome.out
+    asked = ("eval", tmp_path / "plain", "--text", STORIES)
+    run_gsa(*asked, "--task", "passkey").assert_refused("has no splats to ask")
+    run_gsa(*asked, "--window", 8).assert_refused("window = 8: the model has no splats")
+    run_gsa(*asked, "--reference", tmp_path / "plain").assert_refused("no splats to evaluate")
+
+
 @pytest.mark.parametrize("task", ["perplexity", "passkey"])
 def test_a_window_of_all_tokens_leaves_nothing_to_compare(run_gsa, checkpoint: Path, task: str) -> None:
     outcome = run_gsa("eval", checkpoint, "--text", STORIES, "--window", "all", "--task", task)

@@ -13,8 +13,8 @@ import pytest
 from gsa_jax.checkpoint import load_tokenizer
 from gsa_jax.config import GPTNeoConfig, read_config
 from gsa_jax.errors import InputError
-from gsa_jax.text import DOCUMENT_SEPARATOR
-from gsa_jax.train.data import row_batches
+from gsa_jax.text_files import DOCUMENT_SEPARATOR, TextFiles
+from gsa_jax.train.data import read_tokens, row_batches
 from helpers.texts import STORIES
 
 START, CONTEXT, BATCH = 0, 8, 4
@@ -58,7 +58,7 @@ def text(tmp_path) -> Path:
 
 def batches(path: Path, **changes):
     settings = {"context": CONTEXT, "batch_size": BATCH, "seed": 0} | changes
-    return row_batches(path, letters, CONFIG, **settings)
+    return row_batches(read_tokens(TextFiles((path,)), letters, CONFIG), CONFIG, **settings)
 
 
 def first_rows(iterator, count: int) -> list[tuple[list[int], list[int]]]:
@@ -155,7 +155,10 @@ def test_a_file_of_token_ids_is_the_text_it_was_made_from(text, tmp_path, story_
     settings = {"context": CONTEXT, "batch_size": BATCH, "seed": 3}
     pairs = [
         (batches(text, seed=3), batches(tmp_path / "letters.bin", seed=3)),
-        tuple(row_batches(path, tokenizer, config, **settings) for path in (stories, tmp_path / "stories.bin")),
+        tuple(
+            row_batches(read_tokens(TextFiles((path,)), tokenizer, config), config, **settings)
+            for path in (stories, tmp_path / "stories.bin")
+        ),
     ]
     for from_text, from_ids in pairs:
         for _ in range(12):
