@@ -91,8 +91,9 @@ class GaussianSplatLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a text."""
+        """What ends a text; the first of these, if there are several."""
         end = self._model.config.eos_token_id
+        end = end[0] if isinstance(end, tuple) else end
         return self.prefix_token_id if end is None else end
 
     @property
