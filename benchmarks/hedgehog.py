@@ -30,12 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 import side_by_side
 import tyro
-from flax import nnx
 from jaxtyping import Array, Float
+from mapped_attention import MappedSelfAttention
 from quality import FINETUNE, MODEL, ROWS
 
 from gsa_jax import GPTNeoConfig, GPTNeoForCausalLM, SplatConfig
-from gsa_jax.attention import GPTNeoSelfAttention
 from gsa_jax.checkpoint import load_tensors, load_tokenizer
 from gsa_jax.cli.base import progress
 from gsa_jax.convert import convert
@@ -69,19 +68,12 @@ MAPS = ("splat_query_map", "splat_query_bias", "splat_key_map", "splat_key_bias"
 """W and b, named so that the optimiser trains them as it trains splats: with their learning rate, without decay."""
 
 
-class HedgehogSelfAttention(GPTNeoSelfAttention):
+class HedgehogSelfAttention(MappedSelfAttention):
     """Attention through Hedgehog's features: `splat_attention` with one splat for each feature.
 
     A splat at the unit vector e_s of scale 1 with norm_gain 1/2 has log phi_s(x) = x_s and what all splats share, so
     features given as their logarithms come out as they are.
     """
-
-    def __init__(self, exact: GPTNeoSelfAttention, maps: Tensors) -> None:
-        self.num_heads = exact.num_heads
-        self.window = 0
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = exact.q_proj, exact.k_proj, exact.v_proj, exact.out_proj
-        for name in MAPS:
-            setattr(self, name, nnx.Param(maps[name]))
 
     def _attn(
         self,

@@ -35,7 +35,7 @@ import plot_recall
 import side_by_side
 from jaxtyping import Array, Float
 from recall_based import MAPS, build_based, initial_maps, state_bytes_of_based
-from recall_task import CONFIG, NO_ANSWER, Rows, Tensors, answered, apply_updates, make_rows, train_exact
+from recall_task import CONFIG, NO_ANSWER, Rows, Tensors, answered, make_rows, train_exact
 
 from gsa_jax import GPTNeoConfig, GPTNeoForCausalLM, SplatConfig
 from gsa_jax.attention import state_bytes
@@ -191,10 +191,10 @@ def distil(
         return jnp.mean(each, where=rows.answers != NO_ANSWER)
 
     @jax.jit
-    def step(trained: Tensors, state: Any, rows: Rows) -> tuple[Tensors, Any, jax.Array]:
+    def step(trained: Tensors, state: Any, rows: Rows) -> tuple[Any, Any, jax.Array]:
         loss, gradients = jax.value_and_grad(divergence)(trained, rows)
         updates, state = optimizer.update(gradients, state, trained)
-        return apply_updates(trained, updates), state, loss
+        return optax.apply_updates(trained, updates), state, loss
 
     state = optimizer.init(trained)
     loss: Any = np.nan

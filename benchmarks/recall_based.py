@@ -14,11 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
+from mapped_attention import MappedSelfAttention
 
 from gsa_jax import GPTNeoForCausalLM
-from gsa_jax.attention import GPTNeoSelfAttention
 from gsa_jax.ops import SplatState
 from gsa_jax.parameters import attention_tensor, build_model
 
@@ -42,18 +41,11 @@ def state_bytes_of_based(features: int, head_dim: int, heads: int) -> int:
     return 4 * heads * taylor_features(jnp.zeros(features)).size * (head_dim + 1)
 
 
-class BasedSelfAttention(GPTNeoSelfAttention):
+class BasedSelfAttention(MappedSelfAttention):
     """Attention by Taylor features over all tokens so far.
 
     Written as the matrix of weights, which gives the same numbers as the sums do, for rows without padding.
     """
-
-    def __init__(self, exact: GPTNeoSelfAttention, maps: dict[str, jax.Array]) -> None:
-        self.num_heads, self.head_dim, self.window, self.kept = exact.num_heads, exact.head_dim, 0, 0
-        self.attention_implementation = exact.attention_implementation
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = exact.q_proj, exact.k_proj, exact.v_proj, exact.out_proj
-        for name in MAPS:
-            setattr(self, name, nnx.Param(maps[name]))
 
     def _attn(
         self,

@@ -127,11 +127,6 @@ def start(seed: int) -> Tensors:
     return tensors
 
 
-def apply_updates(tensors: Tensors, updates: Any) -> Tensors:
-    """`optax.apply_updates`, which does not say that a dict stays one."""
-    return {name: tensor + updates[name] for name, tensor in tensors.items()}
-
-
 def train_exact(seed: int) -> Tensors:
     """Parameters of a model of `CONFIG` that has gone through `CURRICULUM`."""
     draws = np.random.default_rng(seed)
@@ -143,10 +138,10 @@ def train_exact(seed: int) -> Tensors:
         return answer_loss(logits, rows.answers), answered(logits, rows.answers)
 
     @jax.jit
-    def step(tensors: Tensors, state: Any, rows: Rows, positions: jax.Array) -> tuple[Tensors, Any, jax.Array]:
+    def step(tensors: Tensors, state: Any, rows: Rows, positions: jax.Array) -> tuple[Any, Any, jax.Array]:
         (_, share), gradients = jax.value_and_grad(loss, has_aux=True)(tensors, rows, positions)
         updates, state = optimizer.update(gradients, state, tensors)
-        return apply_updates(tensors, updates), state, share
+        return optax.apply_updates(tensors, updates), state, share
 
     state = optimizer.init(tensors)
     for context, count in CURRICULUM:

@@ -28,7 +28,7 @@ from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig, SplatConfig, read_config
 
 RESULTS = Path(__file__).parent / "results" / "state.json"
 FIGURE = Path(__file__).parents[1] / "docs" / "state.svg"
-BUDGETS = (100_000, 200_000, 400_000, 800_000)
+BUDGETS = (125_000, 250_000, 500_000)
 DOCUMENTS = 100
 DISTILL = "--steps 400 --batch-size 4 --optimizer.warmup-steps 20 --optimizer.splat-learning-rate 0.02"
 NEAR = 16

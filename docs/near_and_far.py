@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 import gsa_jax
 from gsa_jax.checkpoint import load_tensors
 from gsa_jax.convert import convert
-from gsa_jax.fitting.placing import fit_init
+from gsa_jax.fitting.fitted import fit_init
 from gsa_jax.fitting.statistics import queries_and_keys
 from gsa_jax.ops import Window, no_splats, splat_attention
 from gsa_jax.parameters import build_model

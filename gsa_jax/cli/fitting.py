@@ -43,7 +43,7 @@ class FitInit(SplatCommand, TextCommand):
         from gsa_jax.checkpoint import CONFIG_FILE
         from gsa_jax.config import read_config
         from gsa_jax.files import refuse_existing
-        from gsa_jax.fitting.placing import default_splats, fit_importance_anew, fit_init
+        from gsa_jax.fitting.fitted import default_splats, fit_importance_anew, fit_init
 
         if self.only_importance and self.state_budget is not None:
             raise InputError(

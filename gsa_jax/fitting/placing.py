@@ -1,7 +1,7 @@
 """Splats that start where a model's queries and keys are.
 
-May be changed here: how centres, scales and far gains are chosen from calibration text, and what the report says.
-Measuring is `statistics`; training from here on is `gsa_jax.train`.
+May be changed here: how centres, scales and far gains of a layer are chosen from its queries and keys. Measuring those
+is `statistics`; making a checkpoint of what is chosen is `fitted`; training from here on is `gsa_jax.train`.
 """
 
 from __future__ import annotations
@@ -9,25 +9,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.attention import GSASelfAttention
-from gsa_jax.checkpoint import REPORT_FILE, load_tensors, save, tokenizer_files
-from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig, LayerSplats, SplatConfig, Window, require_seed
+from gsa_jax.config import GPTNeoConfig, LayerSplats, SplatConfig, Window
 from gsa_jax.errors import InputError
-from gsa_jax.files import refuse_existing
 from gsa_jax.fitting.importance import HeadImportance, fit_importance
 from gsa_jax.fitting.kmeans import kmeans
 from gsa_jax.fitting.statistics import (
     AttentionRows,
     Projections,
     attended_midpoints,
-    calibration_tokens,
     dead_splats,
     effective_splats,
     exact_statistics,
@@ -39,11 +34,6 @@ from gsa_jax.fitting.statistics import (
 )
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.ops import Splats, no_splats
-from gsa_jax.parameters import attention_tensor, build_model, expected_shapes, is_splat, without_splats
-from gsa_jax.progress import Progress
-from gsa_jax.text_files import Text, TextFiles, as_text_files
-
-FIT_REPORT_FILE = "fit_init.json"
 
 ENTROPY_BAND = (0.2, 0.9)
 """Range that the entropy to fit is moved into, where 1 is equal weights. Outside of it, the attention of a head hardly
@@ -91,170 +81,6 @@ class HeadFit:
     usage: float
     dead_splats: int
     far_gain: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class FitReport:
-    """What was fitted to what: the text file's name, how many of its tokens, the seed, and each head.
-
-    Attributes:
-        importances: how each head came to the keys that it keeps, where that is learned.
-    """
-
-    text: str
-    tokens: int
-    seed: int
-    splats: SplatConfig
-    heads: tuple[HeadFit, ...]
-    importances: tuple[HeadImportance, ...] = ()
-
-
-def fit_init(
-    folder: str | Path,
-    out: str | Path,
-    text: Text,
-    *,
-    splats: SplatConfig | None = None,
-    seed: int = 0,
-    tokens: int = 32768,
-    progress: Progress = iter,
-) -> FitReport:
-    """Writes a checkpoint whose splats start at what the exact model does on a text; all or nothing.
-
-    A splat s contributes to the weight of a key k for a query q the product
-
-        phi_s(q) phi_s(k) = exp(-|q - k|^2 / (4 sigma^2)) exp(-|c_s - (q + k) / 2|^2 / sigma^2)
-
-    so it serves pairs whose midpoint is near its centre. The centres are therefore clusters of the midpoints of pairs
-    drawn by the weights of exact attention. Where centres are dense, the sum over splats is proportional to the first
-    factor. A `norm_gain` starts at 1 / (4 sigma^2), which turns that factor into exp(q . k / (2 sigma^2)). With
-    sigma^2 = 1/2, this is the exp(q . k) of exact attention.
-
-    All splats of a head share one sigma, at which attention through them alone has the mean entropy of exact attention.
-    A `far_gain` gives far keys that are not kept the mass that they have in exact attention. Log-amplitudes start at 0.
-    What makes a key important is its norm, or what `gsa_jax.fitting.importance` learns if that is configured.
-
-    Args:
-        folder: a checkpoint, with splats, which are replaced, or without.
-        out: the checkpoint folder to make; must not exist.
-        text: documents, as `gsa_jax.text_files` reads them.
-        splats: what to attach; as the checkpoint has them if None, or the preset `hybrid` if it has none.
-        seed: in [0, 2**32), of the clusters and of the rows that are looked at; the same seed gives the same bits.
-        tokens: of the text to use, rounded up to whole rows.
-        progress: wraps the names of the layers.
-
-    Raises:
-        InputError: the checkpoint or the text cannot be used, or the output cannot be written. Nothing is left behind.
-    """
-    folder, out, text = Path(folder), Path(out), as_text_files(text)
-    refuse_existing(out)
-    require_seed(seed)
-    stored, tensors = load_tensors(folder)
-    config = dataclasses.replace(stored, splats=splats or default_splats(stored))
-    assert config.splats is not None
-    if not config.splats.has_splats and not (config.splats.keeps and config.splats.importance == "learned"):
-        raise InputError("num_splats = 0 leaves nothing to fit; give at least one splat per head")
-    input_ids, mask = calibration_tokens(folder, text, config, tokens)
-    plain, kept = without_splats(config, tensors)
-    fitted: dict[str, np.ndarray] = {}
-    heads: list[HeadFit] = []
-    importances: list[HeadImportance] = []
-    layers = fit_layers(build_model(plain, kept), config, input_ids, mask, seed)
-    for _ in progress([f"layer {layer}" for layer in config.splat_layers]):
-        layer, layer_splats, layer_heads, layer_importances = next(layers)
-        for term in dataclasses.fields(layer_splats):
-            array = getattr(layer_splats, term.name)
-            if array is not None:
-                fitted[attention_tensor(layer, f"splat_{term.name}")] = np.asarray(array)
-        heads.extend(layer_heads)
-        importances.extend(layer_importances)
-    return _saved(folder, out, text, config, kept, fitted, mask, seed, heads, importances)
-
-
-def _saved(
-    folder: Path,
-    out: Path,
-    text: TextFiles,
-    config: GPTNeoConfig,
-    weights: dict[str, np.ndarray],
-    fitted: dict[str, np.ndarray],
-    mask: Bool[np.ndarray, "N T"],
-    seed: int,
-    heads: list[HeadFit],
-    importances: list[HeadImportance],
-) -> FitReport:
-    """The report, written with the checkpoint."""
-    assert config.splats is not None
-    fitted = {name: fitted[name] for name in expected_shapes(config) if is_splat(name)}
-    report = FitReport(text.name, int(mask.sum()), seed, config.splats, tuple(heads), tuple(importances))
-    conversion = [folder / REPORT_FILE] if (folder / REPORT_FILE).is_file() else []
-    reports = {FIT_REPORT_FILE: dataclasses.asdict(report)}
-    save(out, config, weights | fitted, copied=[*tokenizer_files(folder), *conversion], reports=reports)
-    return report
-
-
-def fit_importance_anew(
-    folder: str | Path,
-    out: str | Path,
-    text: Text,
-    *,
-    splats: SplatConfig | None = None,
-    seed: int = 0,
-    tokens: int = 131072,
-    progress: Progress = iter,
-) -> FitReport:
-    """Writes a checkpoint with the splats of another, and with importance learned for them; all or nothing.
-
-    Worth it after a distillation: what keeping a key saves is what the splats get wrong, and trained ones get other
-    keys wrong than those that importance was learned for.
-
-    Args:
-        folder: a checkpoint with splats.
-        out, text, seed, progress: as in `fit_init`.
-        tokens: as in `fit_init`, but more of them, because long rows say the most and are few.
-        splats: what the checkpoint has, save for another window or another number of kept keys; as it has if None.
-
-    Raises:
-        InputError: as `fit_init`; or the checkpoint has no splats, keeps no keys, or has others than `splats` says.
-    """
-    folder, out, text = Path(folder), Path(out), as_text_files(text)
-    refuse_existing(out)
-    require_seed(seed)
-    stored, tensors = load_tensors(folder)
-    splats = splats or stored.splats
-    if splats is None or stored.splats is None:
-        raise InputError(f"{folder}: has no splats; attach and fit them first: gsa fit-init")
-    if not splats.keeps:
-        raise InputError(f"{folder}: keeps no keys, so none is important; say how many with --kept")
-    splats = dataclasses.replace(splats, importance="learned")
-    config = dataclasses.replace(stored, splats=splats)
-    if dataclasses.replace(splats, window=0, kept=1, importance="norm") != dataclasses.replace(
-        stored.splats, window=0, kept=1, importance="norm"
-    ):
-        raise InputError(f"{folder}: has other splats than asked for, and only importance is to be fitted")
-    input_ids, mask = calibration_tokens(folder, text, config, tokens)
-    plain, weights = without_splats(stored, tensors)
-    trained = build_model(stored, tensors).transformer.h
-    fitted = {name: tensor for name, tensor in tensors.items() if is_splat(name)}
-    importances: list[HeadImportance] = []
-    layers = projections(build_model(plain, weights), input_ids, mask, config.splat_layers)
-    for _ in progress([f"layer {layer}" for layer in config.splat_layers]):
-        layer, projected = next(layers)
-        attention = trained[layer].attn.attention
-        there = (
-            attention.splats
-            if isinstance(attention, GSASelfAttention)
-            else no_splats(config.num_heads, config.head_dim)
-        )
-        found, of_layer = _learned(config, layer, projected, mask, there, plain.windows[layer], seed)
-        fitted[attention_tensor(layer, "splat_importance")] = np.asarray(found)
-        importances.extend(of_layer)
-    return _saved(folder, out, text, config, weights, fitted, mask, seed, [], importances)
-
-
-def default_splats(config: GPTNeoConfig) -> SplatConfig:
-    """What is fitted if nobody says: the splats that the model has, or the preset `hybrid` if it has none."""
-    return config.splats or SPLAT_PRESETS["hybrid"]
 
 
 def fit_layers(
@@ -307,13 +133,13 @@ def fit_layer(
     splats, heads = fit(None)
     if config.splats.importance == "norm":
         return splats, heads, []
-    weights, importances = _learned(config, layer, projected, attention_mask, splats, seen, seed)
+    weights, importances = learn_importance(config, layer, projected, attention_mask, splats, seen, seed)
     if importances:
         splats, heads = fit(weights)
     return dataclasses.replace(splats, importance=weights), heads, importances
 
 
-def _learned(
+def learn_importance(
     config: GPTNeoConfig,
     layer: int,
     projected: Projections,
@@ -322,7 +148,12 @@ def _learned(
     seen: Window,
     seed: int,
 ) -> tuple[Float[Array, "H F"], list[HeadImportance]]:
-    """Weights of importance; those of the norm, and no reports, where no key is kept."""
+    """Weights of importance of a layer's heads, and its reports; those of the norm, and none, where no key is kept.
+
+    Args:
+        splats: that the far keys which are not kept go through.
+        seen: what exact attention sees there.
+    """
     own = config.layer_splats[layer]
     if not own.kept or own.window == "all":
         return jnp.zeros((config.num_heads, 2 * config.head_dim + 1)).at[:, -1].set(1), []

@@ -5,6 +5,7 @@ scripts beside them do not come into the way of packages.
 """
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -22,11 +23,12 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # for those that are loaded after it
     spec.loader.exec_module(module)
     return module
 
 
+load("mapped_attention")
 recall_task, recall_based = load("recall_task"), load("recall_based")
 
 

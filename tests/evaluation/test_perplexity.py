@@ -18,7 +18,7 @@ from gsa_jax.config import OPTIONAL_TERMS
 from gsa_jax.convert import convert
 from gsa_jax.evaluation.arms import ARMS, make_arms
 from gsa_jax.evaluation.perplexity import Evaluation, evaluate
-from gsa_jax.fitting.placing import fit_init
+from gsa_jax.fitting.fitted import fit_init
 from gsa_jax.parameters import build_model, expected_shapes
 from helpers.texts import STORIES
 from helpers.tiny_checkpoints import SHAPE, tiny_folder

@@ -16,7 +16,8 @@ from gsa_jax.config import GPTNeoConfig, SplatConfig
 from gsa_jax.convert import convert
 from gsa_jax.errors import InputError
 from gsa_jax.fitting.diagnosis import Diagnostics, diagnose, diagnose_model, words_of
-from gsa_jax.fitting.placing import ENTROPY_BAND, FIT_REPORT_FILE, fit_init
+from gsa_jax.fitting.fitted import FIT_REPORT_FILE, fit_init
+from gsa_jax.fitting.placing import ENTROPY_BAND
 from gsa_jax.fitting.statistics import calibration_tokens, sample_rows
 from gsa_jax.loss import mean_next_token_loss
 from gsa_jax.parameters import build_model, without_splats
