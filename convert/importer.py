@@ -24,7 +24,7 @@ from gsa_jax.checkpoint import (
     save,
     tokenizer_files,
 )
-from gsa_jax.config import DTYPES, GPTNeoConfig, SplatConfig, carried_fields, read_config_values
+from gsa_jax.config import DTYPES, GPTNeoConfig, carried_fields, read_config_values
 from gsa_jax.convert.folder import refuse_impostor
 from gsa_jax.convert.names import Plan, plan
 from gsa_jax.convert.reader import Source, SourceTensor, open_source
@@ -34,6 +34,7 @@ from gsa_jax.files import refuse_existing, refuse_full_disk
 from gsa_jax.parameters import TOKEN_EMBEDDING, attention_tensor, is_splat
 from gsa_jax.progress import Progress
 from gsa_jax.sharding import require_backend
+from gsa_jax.splat_config import SplatConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,10 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from gsa_jax.config import GPTNeoConfig, SplatConfig
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError, listed
 from gsa_jax.parameters import TOKEN_EMBEDDING, expected_shapes, shape_problems
+from gsa_jax.splat_config import SplatConfig
 
 _WRAPPERS = (
     "module",

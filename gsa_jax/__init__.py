@@ -12,11 +12,12 @@ from gsa_jax import assets
 if TYPE_CHECKING:
     from gsa_jax.checkpoint import load, load_tokenizer, open_tokenizer
     from gsa_jax.completion import Completion, complete, stream_text
-    from gsa_jax.config import GPTNeoConfig, SplatConfig
+    from gsa_jax.config import GPTNeoConfig
     from gsa_jax.errors import InputError
     from gsa_jax.generation import generate, generate_stream
     from gsa_jax.model import GPTNeoForCausalLM
     from gsa_jax.sampling import Categorical, Greedy, make_sampler
+    from gsa_jax.splat_config import SplatConfig
 
 __all__ = [
     "Categorical",
@@ -40,11 +41,12 @@ __all__ = [
 _MODULES = {
     "checkpoint": ("load", "load_tokenizer", "open_tokenizer"),
     "completion": ("Completion", "complete", "stream_text"),
-    "config": ("GPTNeoConfig", "SplatConfig"),
+    "config": ("GPTNeoConfig",),
     "errors": ("InputError",),
     "generation": ("generate", "generate_stream"),
     "model": ("GPTNeoForCausalLM",),
     "sampling": ("Categorical", "Greedy", "make_sampler"),
+    "splat_config": ("SplatConfig",),
 }
 
 

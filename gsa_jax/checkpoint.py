@@ -28,13 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from gsa_jax.config import GPTNeoConfig, Window, carried_fields, read_config
+from gsa_jax.config import GPTNeoConfig, carried_fields, read_config
 from gsa_jax.errors import InputError, first_line, listed
 from gsa_jax.files import new_folder
 from gsa_jax.generation_config import read_generation_config
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.parameters import build_model, expected_shapes, shape_problems
 from gsa_jax.sharding import require_backend, same_path_everywhere, wait_for_all, whole_on_host
+from gsa_jax.splat_config import Window
 from gsa_jax.tokenizer import Tokenizer, light_tokenizer
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 ORDER = [
     {"errors", "assets", "progress", "hlo"},
-    {"hf_fields"},
+    {"hf_fields", "splat_config"},
     {"config", "topology"},
     {"ops", "generation_config", "tokenizer"},
     {"layers", "layer_scan"},

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from gsa_jax.cli.base import TextCommand, describe, print_table, progress
+from gsa_jax.cli.base import TextCommand, print_table, progress
 from gsa_jax.errors import InputError
+from gsa_jax.splat_config import describe
 
 if TYPE_CHECKING:
     from gsa_jax.evaluation.intervals import Estimate

@@ -14,7 +14,7 @@ from jaxtyping import Bool
 
 from gsa_jax.attention import GSASelfAttention
 from gsa_jax.checkpoint import REPORT_FILE, load_tensors, save, tokenizer_files
-from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig, SplatConfig, require_seed
+from gsa_jax.config import GPTNeoConfig, require_seed
 from gsa_jax.errors import InputError
 from gsa_jax.files import refuse_existing
 from gsa_jax.fitting.importance import HeadImportance
@@ -23,6 +23,7 @@ from gsa_jax.fitting.statistics import calibration_tokens, projections
 from gsa_jax.ops import no_splats
 from gsa_jax.parameters import attention_tensor, build_model, expected_shapes, is_splat, without_splats
 from gsa_jax.progress import Progress
+from gsa_jax.splat_config import SPLAT_PRESETS, SplatConfig
 from gsa_jax.text_files import Text, TextFiles, as_text_files
 
 FIT_REPORT_FILE = "fit_init.json"
