@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from gsa_jax.errors import InputError
     from gsa_jax.generation import generate, generate_stream
     from gsa_jax.model import GPTNeoForCausalLM
+    from gsa_jax.pretrained import Pretrained, from_pretrained, save_pretrained
+    from gsa_jax.publishing import model_card, push_to_hub
     from gsa_jax.sampling import Categorical, Greedy, make_sampler
     from gsa_jax.splat_config import SplatConfig
 
@@ -26,15 +28,20 @@ __all__ = [
     "GPTNeoForCausalLM",
     "Greedy",
     "InputError",
+    "Pretrained",
     "SplatConfig",
     "assets",
     "complete",
+    "from_pretrained",
     "generate",
     "generate_stream",
     "load",
     "load_tokenizer",
     "make_sampler",
+    "model_card",
     "open_tokenizer",
+    "push_to_hub",
+    "save_pretrained",
     "stream_text",
 ]
 
@@ -45,6 +52,8 @@ _MODULES = {
     "errors": ("InputError",),
     "generation": ("generate", "generate_stream"),
     "model": ("GPTNeoForCausalLM",),
+    "publishing": ("model_card", "push_to_hub"),
+    "pretrained": ("Pretrained", "from_pretrained", "save_pretrained"),
     "sampling": ("Categorical", "Greedy", "make_sampler"),
     "splat_config": ("SplatConfig",),
 }

@@ -25,8 +25,8 @@ ORDER = [
     {"sharding", "loss", "sampling", "text", "prompts"},
     {"checkpoint"},
     {"generation", "evaluation", "convert"},
-    {"fitting", "completion", "lm_eval"},
-    {"train"},
+    {"fitting", "completion", "lm_eval", "pretrained"},
+    {"train", "publishing"},
     {"cli"},
 ]
 """A part imports parts that stand before it, and itself; those that stand beside it are strangers."""

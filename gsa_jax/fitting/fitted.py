@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from gsa_jax.attention import GSASelfAttention
-from gsa_jax.checkpoint import REPORT_FILE, load_tensors, save, tokenizer_files
+from gsa_jax.checkpoint import load_tensors, save, travelling_files
 from gsa_jax.config import GPTNeoConfig, require_seed
 from gsa_jax.errors import InputError
 from gsa_jax.files import refuse_existing
@@ -187,7 +187,6 @@ def _saved(
     assert config.splats is not None
     fitted = {name: fitted[name] for name in expected_shapes(config) if is_splat(name)}
     report = FitReport(text.name, int(mask.sum()), seed, config.splats, tuple(heads), tuple(importances))
-    conversion = [folder / REPORT_FILE] if (folder / REPORT_FILE).is_file() else []
     reports = {FIT_REPORT_FILE: dataclasses.asdict(report)}
-    save(out, config, weights | fitted, copied=[*tokenizer_files(folder), *conversion], reports=reports)
+    save(out, config, weights | fitted, copied=travelling_files(folder), reports=reports)
     return report
