@@ -178,7 +178,7 @@ def _costs(folder: Path, config: GPTNeoConfig) -> Iterator[str]:
         if found["layers"] != list(config.splat_layers) or _numbers_of(splats) != _numbers_of(config.splats):
             raise InputError(f"{file}: is of a model with other splats; make it anew, or remove it")
         rows = [
-            [arm["name"], Estimate(**arm["perplexity"]).shown(3), Estimate(**arm["perplexity_ratio"]).shown(4)]
+            [arm["name"], _estimate(arm["perplexity"]).shown(3), _estimate(arm["perplexity_ratio"]).shown(4)]
             for arm in found["arms"]
         ]
         if splats is not None:
@@ -189,7 +189,7 @@ def _costs(folder: Path, config: GPTNeoConfig) -> Iterator[str]:
         if splats is not None:
             said += f" The layers with splats remember {found['state_bytes']:,} bytes of a text of any length."
         if found["gap_closed"] is not None:
-            closed = Estimate(**found["gap_closed"]).shown(3)
+            closed = _estimate(found["gap_closed"]).shown(3)
             said += f" Share of the gap from the window alone to exact attention that is closed: {closed}."
         yield said
     except InputError:
@@ -237,12 +237,17 @@ def _verification(folder: Path) -> Iterator[str]:
             for comparison in found["comparisons"]
         ]
         yield (
-            "Logits beside those of the source's own code, with exact attention; or through the splats, if the source is "
-            "an export with splats:"
+            "Logits beside those of the source's own code, with exact attention; through the splats if the source is "
+            "an export of them:"
         )
         yield _table(["oracle", "input", "tokens", "relative RMS", "tolerance", "top-1", "loss", "its loss", ""], rows)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: not a report of gsa verify ({error!r}); make it anew, or remove it") from None
+
+
+def _estimate(values: dict[str, Any]) -> Estimate:
+    interval = values["interval"]
+    return Estimate(values["value"], None if interval is None else (interval[0], interval[1]))
 
 
 def _missing(what: str, command: str, file: str) -> str:

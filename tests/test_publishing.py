@@ -141,8 +141,8 @@ def test_what_was_not_measured_is_said_with_the_command(copy):
     assert "| hybrid |" not in content and "converted from" not in content
 
 
-def test_a_card_without_splats_speaks_of_none(checkpoint):
-    content = model_card(checkpoint.parent / "checkpoint").content
+def test_a_card_without_splats_speaks_of_none(tmp_path, story_neo):
+    content = model_card(tiny_checkpoint(tmp_path, story_neo)).content
     assert "It has no splats" in content and "trust_remote_code" not in content and "fit-init" not in content
 
 
