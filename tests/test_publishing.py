@@ -160,6 +160,7 @@ def test_the_hub_reads_the_front_matter(copy, tmp_path):
 
 
 @pytest.mark.parity
+@pytest.mark.slow
 def test_the_commands_write_the_reports_where_a_card_looks_for_them(copy, run_gsa, standard_promotion):
     source = copy.parent / "source"
     assert run_gsa("export", copy, source, "--exact").code == 0
