@@ -95,11 +95,12 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None
     api = HfApi()
     try:
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
-        options = {"repo_id": repository.repo_id, "commit_message": "Checkpoint of gsa-jax"}
-        api.upload_folder(folder_path=folder, delete_patterns=f"{WEIGHTS_FOLDER}/*", **options)
+        name, message = repository.repo_id, "Checkpoint of gsa-jax"
+        weights = f"{WEIGHTS_FOLDER}/*"
+        api.upload_folder(folder_path=folder, repo_id=name, delete_patterns=weights, commit_message=message)
         if not has_card:
-            card = str(model_card(folder, repository.repo_id)).encode()
-            api.upload_file(path_or_fileobj=card, path_in_repo=CARD_FILE, **options)
+            card = str(model_card(folder, name)).encode()
+            api.upload_file(path_or_fileobj=card, path_in_repo=CARD_FILE, repo_id=name, commit_message=message)
     except HFValidationError:
         raise InputError(f"{repo_id!r}: no name of a repository; give it as owner/name") from None
     except hub_errors() as error:
