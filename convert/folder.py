@@ -69,12 +69,10 @@ def holds_checkpoint(names: Collection[str]) -> bool:
     return WEIGHTS_FOLDER in names and not formats & set(names)
 
 
-def refuse_checkpoint(where: object, names: Collection[str]) -> None:
+def refuse_checkpoint(where: object, names: Collection[str], remedy: str = "use it as it is") -> None:
     """Raises `InputError` if a folder or repository is a checkpoint of this package, which nothing is to be made of."""
     if holds_checkpoint(names):
-        raise InputError(
-            f"{where}: is a gsa-jax checkpoint already; use it as it is (from a hub: gsa_jax.from_pretrained)"
-        )
+        raise InputError(f"{where}: is a gsa-jax checkpoint already; {remedy}")
 
 
 def weight_file(where: object, names: Collection[str]) -> str:
