@@ -26,7 +26,7 @@ from gsa_jax.checkpoint import (
     tokenizer_files,
 )
 from gsa_jax.config import DTYPES, GPTNeoConfig, carried_fields, read_config_values
-from gsa_jax.convert.folder import refuse_impostor
+from gsa_jax.convert.folder import refuse_stand_in
 from gsa_jax.convert.names import Plan, plan
 from gsa_jax.convert.reader import Source, SourceTensor, open_source
 from gsa_jax.convert.splat_folder import read_splats
@@ -260,7 +260,7 @@ def _copied_files(folder: Path, tokenizer: Path | None, config: GPTNeoConfig) ->
         files += [file for file in tokenizer_files(tokenizer) if file.name not in not_its]
     for file in files:
         if file.is_file():
-            refuse_impostor(file)
+            refuse_stand_in(file)
     return files
 
 
