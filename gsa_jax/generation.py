@@ -224,7 +224,7 @@ def make_request(model: GPTNeoForCausalLM, prompts: Prompts, **options: Unpack[G
         raise InputError("stop: texts are looked for in text; give the tokenizer as well")
     return Request(
         prompts=rows,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=int(max_new_tokens),
         sampler=options.get("sampler") or default_sampler(defaults),
         seed=seed,
         eos_token_id=eos,
