@@ -22,7 +22,7 @@ from tokenizers import normalizers
 
 import gsa_jax.text
 import gsa_jax.text_files
-from gsa_jax import InputError, load_tokenizer
+from gsa_jax import InputError, load_tokenizer, open_tokenizer
 from gsa_jax.config import GPTNeoConfig, read_config
 from gsa_jax.text import read_documents, stream_tokens
 from gsa_jax.text_files import DOCUMENT_SEPARATOR, TextFiles, read_pieces
