@@ -23,7 +23,7 @@ import numpy as np
 from quality import MODEL, has_splats, make, train
 
 from gsa_jax.evaluation.passkey import QUESTION, REMEMBER
-from gsa_jax.text import DOCUMENT_SEPARATOR
+from gsa_jax.text_files import DOCUMENT_SEPARATOR
 
 RESULTS = Path(__file__).parent / "results" / "books.json"
 HELD_OUT = "peter_pan_pg16.txt"

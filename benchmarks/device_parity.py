@@ -126,7 +126,7 @@ def greedy_tokens(bench: Bench) -> Iterator[Finding]:
     folder, new = story(bench), 16 if bench.brief else 64
     config, _ = load_tensors(folder)
     documents = read_documents(gsa_jax.assets.told_stories())[:3]
-    prompts = [row[:12] for row in document_tokens(documents, gsa_jax.load_tokenizer(folder), config)]
+    prompts = [row[:12].tolist() for row in document_tokens(documents, gsa_jax.load_tokenizer(folder), config)]
 
     def continuation(device: Device, mode: str) -> np.ndarray:
         with jax.default_device(device):
@@ -214,7 +214,7 @@ def resume(bench: Bench) -> Iterator[Finding]:
         return Finetune(
             checkpoint=story(bench),
             out=bench.folder / out,
-            text=gsa_jax.assets.told_stories(),
+            text=(gsa_jax.assets.told_stories(),),
             steps=steps,
             # The loop spreads rows over all devices of the machine.
             batch_size=4 * jax.device_count(),

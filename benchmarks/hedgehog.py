@@ -43,8 +43,9 @@ from gsa_jax.loss import next_token_losses
 from gsa_jax.ops import Splats, SplatState
 from gsa_jax.parameters import attention_tensor, build_model, expected_shapes, is_splat
 from gsa_jax.text import TextRows, read_documents, text_rows
+from gsa_jax.text_files import TextFiles
 from gsa_jax.train.config import Distill, Finetune, OptimizerConfig
-from gsa_jax.train.data import row_batches
+from gsa_jax.train.data import read_tokens, row_batches
 from gsa_jax.train.objectives import Build, Objective, Tensors, prediction_divergence
 from gsa_jax.train.optimizer import make_optimizer
 from gsa_jax.train.step import init_state, make_step
@@ -153,8 +154,7 @@ def train(
     """All parameters after the steps of `config`; the teacher has those from before."""
     optimizer = make_optimizer(config.optimizer, config.steps)
     data = row_batches(
-        config.text,
-        load_tokenizer(MODEL),
+        read_tokens(TextFiles(config.text), load_tokenizer(MODEL), model),
         model,
         context=model.max_position_embeddings,
         batch_size=config.batch_size,

@@ -23,7 +23,8 @@ import numpy as np
 from quality import MODEL, make, train
 
 from gsa_jax.evaluation.passkey import QUESTION, REMEMBER
-from gsa_jax.text import DOCUMENT_SEPARATOR, read_documents
+from gsa_jax.text import read_documents
+from gsa_jax.text_files import DOCUMENT_SEPARATOR
 
 RESULTS = Path(__file__).parent / "results" / "passkey.json"
 TEACH = "--batch-size 4 --optimizer.warmup-steps 20 --optimizer.learning-rate 1e-3"

@@ -1,8 +1,11 @@
 """Conversion between PyTorch GPT-Neo folders and checkpoint folders; installed as `gsa_jax.convert`.
 
-reader.py    formats of weight files          names.py     which tensor is which parameter
-importer.py  PyTorch -> checkpoint            exporter.py  checkpoint -> Hugging Face folder
-verify.py    both models, side by side        splat_folder.py  trained splats without their model
+hub.py          where a folder comes from       folder.py       which files of it are read
+reader.py       formats of weight files         torch_files.py  that of PyTorch, with unpickler.py
+names.py        which tensor is which parameter
+importer.py     PyTorch -> checkpoint           exporter.py     checkpoint -> Hugging Face folder
+verify.py       both models, side by side       splat_folder.py trained splats without their model
+pytorch/        the model with splats in PyTorch, copied into exports
 
 May be changed here: this map, and which names are public.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +16,27 @@ import numpy as np
 import scipy.special
 
 from gsa_jax.attention import init_splats
-from gsa_jax.checkpoint import REPORT_FILE, save, tokenizer_files
-from gsa_jax.config import DTYPES, GPTNeoConfig, SplatConfig
+from gsa_jax.checkpoint import (
+    CARRIED_FILE,
+    CONFIG_FILE,
+    REPORT_FILE,
+    has_tokenizer,
+    load_tokenizer,
+    save,
+    tokenizer_files,
+)
+from gsa_jax.config import DTYPES, GPTNeoConfig, carried_fields, read_config_values
+from gsa_jax.convert.folder import refuse_stand_in
 from gsa_jax.convert.names import Plan, plan
 from gsa_jax.convert.reader import Source, SourceTensor, open_source
 from gsa_jax.convert.splat_folder import read_splats
-from gsa_jax.errors import InputError
+from gsa_jax.errors import InputError, listed
 from gsa_jax.files import refuse_existing, refuse_full_disk
+from gsa_jax.generation_config import GENERATION_CONFIG_FILE
 from gsa_jax.parameters import TOKEN_EMBEDDING, attention_tensor, is_splat
 from gsa_jax.progress import Progress
+from gsa_jax.sharding import require_backend
+from gsa_jax.splat_config import SplatConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +45,7 @@ class ConversionReport:
 
     Attributes:
         source: as the user named it.
+        hub_id: `owner/name`, if it came from a hub.
         dialect: of the source's splat names, `"plain"` if it has none.
         tensors: in the checkpoint, splats included.
         parameters: in the checkpoint.
@@ -41,9 +55,14 @@ class ConversionReport:
         splat_parameters: how many parameters the splats have.
         tokenizer: files copied.
         ignored: name in the source -> why it was left behind.
+        containers: a phrase for each file whose state dict was taken out of another dict.
+        wrappers: parts that were left out of the names of tensors.
+        left_behind: files beside the weights that a checkpoint has no use for.
+        warnings: what is odd about the configuration, and did not matter here.
     """
 
     source: str
+    hub_id: str | None
     dialect: str
     tensors: int
     parameters: int
@@ -53,6 +72,10 @@ class ConversionReport:
     splat_parameters: int
     tokenizer: list[str]
     ignored: dict[str, str]
+    containers: list[str]
+    wrappers: list[str]
+    left_behind: list[str]
+    warnings: list[str]
 
 
 def convert(
@@ -62,6 +85,9 @@ def convert(
     splats: SplatConfig | Path | None = None,
     dtype: str | None = None,
     allow_nonfinite: bool = False,
+    tokenizer: Path | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
     progress: Progress = iter,
 ) -> ConversionReport:
     """Converts a PyTorch GPT-Neo into a checkpoint folder; all or nothing.
@@ -75,6 +101,9 @@ def convert(
             `gsa_jax.fitting.fit_init` to place them later; or a folder of splats that were trained for this model.
         dtype: of the parameters; as the source stores them if None.
         allow_nonfinite: accept NaN and infinite weights.
+        tokenizer: a folder whose tokenizer goes with a source that has none.
+        revision: of a hub's repository: a branch, a tag or a commit.
+        subfolder: of the folder or repository, that holds the model.
         progress: wraps the names of the tensors while they are read.
 
     Raises:
@@ -82,9 +111,89 @@ def convert(
     """
     out = Path(out)
     refuse_existing(out)
+    conversion = open_conversion(
+        open_source(source, revision=revision, subfolder=subfolder),
+        splats=splats,
+        dtype=dtype,
+        allow_nonfinite=allow_nonfinite,
+        tokenizer=tokenizer,
+    )
+    refuse_full_disk(out, conversion.source_bytes)
+    tensors = conversion.read(progress)
+    report = conversion.report(str(source), tensors)
+    save(out, conversion.config, tensors, copied=conversion.copied, reports=conversion.reports(report))
+    return report
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """A source whose tensors have not been read, but are known to be those of a model.
+
+    Attributes:
+        config: of the model, with the splats that the source carries or that are attached to it.
+        copied: files that go with the weights.
+        opened: the source.
+        planned: which of its tensors is which parameter.
+        attached: parameters that do not come from it.
+        dtype: that parameters are converted to; as they are stored if None.
+        allow_nonfinite: whether weights may be NaN or infinite.
+    """
+
+    config: GPTNeoConfig
+    copied: list[Path]
+    opened: Source
+    planned: Plan
+    attached: dict[str, np.ndarray]
+    dtype: str | None
+    allow_nonfinite: bool
+
+    @property
+    def source_bytes(self) -> int:
+        """Of the tensors that come from the source, in the dtype that they are converted to."""
+        stored = [self.opened.tensors[name] for name in self.planned.sources.values()]
+        return sum(tensor.size * jnp.dtype(self.dtype or tensor.dtype).itemsize for tensor in stored)
+
+    def read(self, progress: Progress = iter) -> dict[str, np.ndarray]:
+        """The parameters of the model by their names, read one by one.
+
+        Raises:
+            InputError: a file is damaged, weights are not finite, or the head is not tied to the embedding.
+        """
+        read = _read(self.opened, self.planned, self.dtype, self.allow_nonfinite, progress)
+        return dict(read) | self.attached
+
+    def report(self, source: str, tensors: dict[str, np.ndarray]) -> ConversionReport:
+        """What there is to say of it.
+
+        Args:
+            source: as the user named it.
+            tensors: that `read` gave.
+        """
+        return _report(source, self.opened, self.planned, tensors, self.attached, self.copied)
+
+    def reports(self, report: ConversionReport) -> dict[str, dict[str, Any]]:
+        """Files that are written beside the weights: this report, and fields that the model has no use for."""
+        carried = carried_fields(read_config_values(self.opened.folder / CONFIG_FILE))
+        return {REPORT_FILE: dataclasses.asdict(report)} | ({CARRIED_FILE: carried} if carried else {})
+
+
+def open_conversion(
+    opened: Source,
+    *,
+    splats: SplatConfig | Path | None = None,
+    dtype: str | None = None,
+    allow_nonfinite: bool = False,
+    tokenizer: Path | None = None,
+) -> Conversion:
+    """Finds out which tensor of a source is which parameter; the arguments are those of `convert`.
+
+    Raises:
+        InputError: the source is not a GPT-Neo, or does not go with what is to be added to it.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
-    opened = open_source(source)
+    require_backend()
+    copied = _copied_files(opened.folder, tokenizer, opened.config)
     try:
         planned = plan(opened.config, {name: tensor.shape for name, tensor in opened.tensors.items()})
     except InputError as error:
@@ -92,13 +201,7 @@ def convert(
         raise InputError(f"{files.pop() if len(files) == 1 else opened.folder}: {error}") from None
     _check_dtypes(opened, planned)
     config, attached = _attach(planned.config, splats, dtype or _common_dtype(opened, planned))
-    stored = [opened.tensors[name] for name in planned.sources.values()]
-    refuse_full_disk(out, sum(tensor.size * jnp.dtype(dtype or tensor.dtype).itemsize for tensor in stored))
-    tensors = dict(_read(opened, planned, dtype, allow_nonfinite, progress)) | attached
-    tokenizer = tokenizer_files(opened.folder)
-    report = _report(str(source), planned, tensors, attached, [file.name for file in tokenizer])
-    save(out, config, tensors, copied=tokenizer, reports={REPORT_FILE: dataclasses.asdict(report)})
-    return report
+    return Conversion(config, copied, opened, planned, attached, dtype, allow_nonfinite)
 
 
 def read_tensors(source: Source, planned: Plan) -> dict[str, np.ndarray]:
@@ -123,12 +226,12 @@ def _read(
             with np.errstate(over="ignore"):
                 array = array.astype(jnp.dtype(dtype))
         if not allow_nonfinite and not np.isfinite(array).all():
-            nonfinite.append(f"{tensor.file}: {source_name} {list(tensor.shape)}")
+            nonfinite.append(f"{tensor.file.name}: {source_name} {list(tensor.shape)}")
         yield name, array
     if nonfinite:
         narrowed = f" (after narrowing to {dtype})" if dtype is not None else ""
         raise InputError(
-            f"{len(nonfinite)} tensors hold NaN or infinite weights{narrowed}: {'; '.join(nonfinite)}; "
+            f"{opened.folder}: {len(nonfinite)} tensors hold NaN or infinite weights{narrowed}: {listed(nonfinite)}; "
             "pass --allow-nonfinite to convert them all the same"
         )
 
@@ -141,14 +244,37 @@ def _check_tied(embedding: SourceTensor, head: SourceTensor, array: np.ndarray, 
         )
 
 
+def _copied_files(folder: Path, tokenizer: Path | None, config: GPTNeoConfig) -> list[Path]:
+    """The files that go with the weights, the tokenizer's own or from another folder."""
+    files = tokenizer_files(folder)
+    if tokenizer is not None:
+        if has_tokenizer(folder):
+            raise InputError(f"{folder}: has a tokenizer; leave --tokenizer out")
+        size = len(load_tokenizer(tokenizer))
+        if size > config.vocab_size:
+            raise InputError(
+                f"{tokenizer}: its tokenizer has {size} tokens, the model {config.vocab_size}; give its own"
+            )
+        own = {file.name for file in files}
+        not_its = {*own, GENERATION_CONFIG_FILE}
+        files += [file for file in tokenizer_files(tokenizer) if file.name not in not_its]
+    for file in files:
+        if file.is_file():
+            refuse_stand_in(file)
+    return files
+
+
 def _check_dtypes(opened: Source, planned: Plan) -> None:
     odd = [
-        f"{opened.tensors[name].file}: {name} is {opened.tensors[name].dtype}"
+        f"{name} is {opened.tensors[name].dtype}"
         for name in planned.sources.values()
         if opened.tensors[name].dtype not in DTYPES
     ]
     if odd:
-        raise InputError(f"{len(odd)} tensors are not {', '.join(DTYPES)}: {'; '.join(odd)}")
+        raise InputError(
+            f"{opened.folder}: {len(odd)} tensors are none of {', '.join(DTYPES)}: {listed(odd)}; "
+            "save the model in one of these first, such as model.float().save_pretrained(NEW)"
+        )
 
 
 def _common_dtype(opened: Source, planned: Plan) -> str:
@@ -183,11 +309,18 @@ def _attach(
 
 
 def _report(
-    source: str, planned: Plan, tensors: dict[str, np.ndarray], attached: dict[str, np.ndarray], tokenizer: list[str]
+    source: str,
+    opened: Source,
+    planned: Plan,
+    tensors: dict[str, np.ndarray],
+    attached: dict[str, np.ndarray],
+    copied: list[Path],
 ) -> ConversionReport:
+    used = {CONFIG_FILE, *(file.name for file in (*opened.files, *copied))}
     dtypes = [str(tensor.dtype) for tensor in tensors.values()]
     return ConversionReport(
         source=source,
+        hub_id=opened.hub_id,
         dialect=planned.dialect,
         tensors=len(tensors),
         parameters=sum(tensor.size for tensor in tensors.values()),
@@ -195,6 +328,14 @@ def _report(
         dtypes={dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))},
         splats="attached" if attached else "imported" if planned.config.splats is not None else "none",
         splat_parameters=sum(tensor.size for name, tensor in tensors.items() if is_splat(name)),
-        tokenizer=tokenizer,
+        tokenizer=[file.name for file in copied],
         ignored=planned.ignored,
+        containers=list(opened.containers),
+        wrappers=list(planned.wrappers),
+        left_behind=sorted(
+            file.name + "/" * file.is_dir()
+            for file in opened.folder.iterdir()
+            if file.name not in used and not file.name.startswith(".")
+        ),
+        warnings=planned.config.beyond_vocabulary,
     )

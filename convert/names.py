@@ -10,12 +10,26 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from gsa_jax.config import GPTNeoConfig, SplatConfig
-from gsa_jax.errors import InputError
+from gsa_jax.config import GPTNeoConfig
+from gsa_jax.errors import InputError, listed
 from gsa_jax.parameters import TOKEN_EMBEDDING, expected_shapes, shape_problems
+from gsa_jax.splat_config import SplatConfig
 
-_WRAPPERS = ("module.", "_orig_mod.", "model.")
-"""Prefixes that DataParallel, `torch.compile` and trainers put before every name."""
+_WRAPPERS = (
+    "module",
+    "model",
+    "base_model",
+    "_orig_mod",
+    "_forward_module",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+)
+"""Parts of names that DataParallel, trainers, PEFT, `torch.compile`, Fabric, FSDP and activation checkpointing put
+before a name or inside of it, where a module is wrapped."""
+
+_HEADS = ("score", "classifier", "qa_outputs", "v_head")
+"""First parts of names of heads that stand in for the language model's, or beside it: of Hugging Face's for
+classification and for answering questions, and of TRL's for values."""
 
 _BASE_PREFIX = "transformer."
 LM_HEAD = "lm_head.weight"
@@ -61,6 +75,7 @@ class Plan:
         ignored: name in the source -> why it is left behind.
         softmaxed: names in the source of tensors whose logarithmic softmax over the last axis is the parameter.
         tied_head: name in the source of an output head that must equal the token embedding, if there is one.
+        wrappers: parts of the source's names that were left out, such as `"module"`.
     """
 
     config: GPTNeoConfig
@@ -69,6 +84,7 @@ class Plan:
     ignored: dict[str, str]
     softmaxed: frozenset[str]
     tied_head: str | None
+    wrappers: tuple[str, ...]
 
 
 def plan(config: GPTNeoConfig, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
@@ -79,9 +95,11 @@ def plan(config: GPTNeoConfig, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
         shapes: name -> shape of every tensor in the source.
 
     Raises:
-        InputError: tensors are missing, unexpected or of a wrong shape; all of them are listed, by source name.
+        InputError: tensors are missing, unexpected or of a wrong shape, by source name; or are of something that is
+            no language model with its weights in place.
     """
-    names = _canonical_names(shapes)
+    names, wrappers = _canonical_names(shapes)
+    _refuse_other_models(names, shapes)
     ignored: dict[str, str] = {}
     sources: dict[str, str] = {}
     splat_leaves: set[str] = set()
@@ -111,13 +129,15 @@ def plan(config: GPTNeoConfig, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
 
     config = _with_splats(config, {name: shapes[source] for name, source in sources.items()})
     found = {name: tuple(shapes[source]) for name, source in sources.items()}
-    problems = shape_problems(expected_shapes(config), found, labels=sources)
+    expected = expected_shapes(config)
+    problems = shape_problems(expected, found, labels=sources)
     if problems:
-        raise InputError(f"{len(problems)} tensors do not fit the config.json: " + "; ".join(problems))
+        hint = "" if found.keys() & expected.keys() else f"; all of its names are others, such as {next(iter(shapes))}"
+        raise InputError(f"{len(problems)} tensors do not fit the config.json: {listed(problems)}{hint}")
     dialect = "plain"
     if splat_leaves:
         dialect = "unused" if any(leaf.startswith("unused_") for leaf in splat_leaves) else "gsa"
-    return Plan(config, sources, dialect, ignored, frozenset(softmaxed), tied_head)
+    return Plan(config, sources, dialect, ignored, frozenset(softmaxed), tied_head, wrappers)
 
 
 def export_names(names: list[str], dialect: str) -> dict[str, str]:
@@ -134,18 +154,37 @@ def export_names(names: list[str], dialect: str) -> dict[str, str]:
     return {name: exported(name) for name in names}
 
 
-def _canonical_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Hugging Face's full name -> name in the source."""
+def _canonical_names(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Hugging Face's full name -> name in the source; and the wrappers that were left out."""
     names: dict[str, str] = {}
+    wrappers: dict[str, None] = {}
     for source in shapes:
-        name = source
-        while (wrapper := next((w for w in _WRAPPERS if name.startswith(w)), None)) is not None:
-            name = name.removeprefix(wrapper)
-        _add(names, name, source)
+        parts = source.split(".")
+        wrappers |= dict.fromkeys(part for part in parts if part in _WRAPPERS)
+        _add(names, ".".join(part for part in parts if part not in _WRAPPERS), source)
     if not any(name.startswith(_BASE_PREFIX) for name in names):
         # A base model (GPTNeoModel) was saved, without a head around it.
         names = {name if name == LM_HEAD else _BASE_PREFIX + name: source for name, source in names.items()}
-    return names
+    return names, tuple(wrappers)
+
+
+def _refuse_other_models(names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, source in names.items():
+        if "lora_" in name or ".base_layer." in name:
+            raise InputError(
+                f"{source} belongs to a LoRA adapter; merge it first (PEFT: merge_and_unload), then convert the result"
+            )
+        if name.removeprefix(_BASE_PREFIX).split(".")[0] in _HEADS:
+            raise InputError(
+                f"{source} is a head for another task, such as classification; save the language model without it: "
+                "GPTNeoForCausalLM.from_pretrained(SOURCE).save_pretrained(NEW)"
+            )
+    empty = [source for source in names.values() if 0 in shapes[source]]
+    if empty:
+        raise InputError(
+            f"{len(empty)} tensors are empty, as DeepSpeed's ZeRO-3 leaves them ({empty[0]} {list(shapes[empty[0]])}); "
+            "gather the weights first, with the zero_to_fp32.py beside the checkpoint"
+        )
 
 
 def _add(names: dict[str, str], name: str, source: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gsa_jax.checkpoint import load_tensors, load_tokenizer
+from gsa_jax.checkpoint import CONFIG_FILE, load_tensors, open_tokenizer
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.convert.importer import read_tensors
 from gsa_jax.convert.names import plan
 from gsa_jax.convert.reader import Source, open_source
 from gsa_jax.errors import InputError
+from gsa_jax.hf_fields import SPLAT_MODEL_TYPE
 from gsa_jax.loss import mean_next_token_loss
 from gsa_jax.parameters import TOKEN_EMBEDDING, build_model, is_splat
 from gsa_jax.text import read_documents, text_rows
+from gsa_jax.text_files import Text, as_text_files
 
 _TOLERANCE = 1e-4
 """Relative RMS between two float32 computations with the same weights; rounding alone stays far below."""
@@ -72,27 +75,42 @@ class Comparison:
         return bool(np.isfinite(self.relative_rms)) and self.relative_rms <= self.tolerance
 
 
-def verify(source: str | Path, checkpoint: str | Path, *, text: Path | None = None) -> list[Comparison]:
+def verify(
+    source: str | Path,
+    checkpoint: str | Path,
+    *,
+    text: Text | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> list[Comparison]:
     """Compares a checkpoint's logits with Hugging Face PyTorch's and, if it is installed, Hugging Face Flax's.
 
+    Both are computed with exact attention, unless the source is an export with splats: then they are computed through
+    the splats, in PyTorch by this package's own copy of the export's code.
+
     Args:
-        source: the Hugging Face folder, or hub id, that the checkpoint was converted from.
+        source: the Hugging Face folder, or hub id, that the checkpoint was converted from, or exported to.
         checkpoint: the checkpoint folder.
-        text: a UTF-8 file of documents, as `gsa_jax.text` reads them, to compare on besides random ids; the first 8
+        text: documents, as `gsa_jax.text_files` reads them, to compare on besides random ids; the first 8
             rows of 512 tokens at most.
+        revision: of a hub's repository: a branch, a tag or a commit.
+        subfolder: of the source, that holds the model.
 
     Raises:
         InputError: PyTorch is not installed, a folder or the text cannot be used, or the two have different shapes.
     """
-    opened = open_source(source)
+    opened = open_source(source, revision=revision, subfolder=subfolder)
     config, tensors = load_tensors(checkpoint)
-    config = config.with_window("all")  # with all keys exact, whatever the checkpoint is used with
     planned = plan(opened.config, {name: tensor.shape for name, tensor in opened.tensors.items()})
-    if dataclasses.replace(planned.config, splats=config.splats) != config:
+    theirs = planned.config
+    if not _computes_through_splats(opened):
+        config = config.with_window("all")  # with all keys exact, whatever the checkpoint is used with
+        theirs = dataclasses.replace(theirs, splats=config.splats)
+    if theirs != config:
         raise InputError(f"{checkpoint}: has another configuration than {opened.folder}; was it converted from there?")
     inputs = [("random ids", *_random_ids(config))]
     if text is not None:
-        inputs.append((text.name, *_text_ids(text, config, checkpoint)))
+        inputs.append((as_text_files(text).name, *_text_ids(text, config, checkpoint)))
     tolerance = _tolerance(
         {opened.tensors[name].dtype for name in planned.sources.values()},
         {str(tensor.dtype) for tensor in tensors.values()},
@@ -142,10 +160,14 @@ def _random_ids(config: GPTNeoConfig) -> tuple[np.ndarray, np.ndarray]:
     return ids, mask
 
 
-def _text_ids(text: Path, config: GPTNeoConfig, checkpoint: str | Path) -> tuple[np.ndarray, np.ndarray]:
+def _text_ids(text: Text, config: GPTNeoConfig, checkpoint: str | Path) -> tuple[np.ndarray, np.ndarray]:
     context = min(_TEXT_CONTEXT, config.max_position_embeddings)
-    rows = text_rows(read_documents(text), load_tokenizer(checkpoint), config, context)
+    rows = text_rows(read_documents(text, _MAX_TEXT_ROWS), open_tokenizer(checkpoint), config, context)
     return rows.input_ids[:_MAX_TEXT_ROWS], rows.attention_mask[:_MAX_TEXT_ROWS]
+
+
+def _computes_through_splats(source: Source) -> bool:
+    return json.loads((source.folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_type"] == SPLAT_MODEL_TYPE
 
 
 def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[str, Oracle]]:
@@ -156,17 +178,29 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
         raise InputError("gsa verify runs the PyTorch model; install it with: pip install 'gsa-jax[torch]'") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    loaded: Any = transformers.GPTNeoForCausalLM.from_pretrained(source.folder, output_loading_info=True)
-    model, info = loaded
+    through_splats = _computes_through_splats(source)
+    model_class: Any = transformers.GPTNeoForCausalLM
+    config_class: Any = transformers.GPTNeoConfig
+    if through_splats:
+        from gsa_jax.convert.pytorch.configuration_gsa import GSAConfig as config_class
+        from gsa_jax.convert.pytorch.modeling_gsa import GSAForCausalLM as model_class
     names = ""
+    try:
+        config = config_class.from_pretrained(source.folder)
+    except (ValueError, TypeError):  # its layers are named in a way that only `gsa_jax.config` reads
+        config = config_class.from_dict(source.config.to_hf())
+        names = ", configuration by our names"
+    loaded: Any = model_class.from_pretrained(source.folder, config=config, output_loading_info=True)
+    model, info = loaded
     if info["missing_keys"] or any(parameter.is_meta for parameter in model.parameters()):
         # transformers fills tensors that it does not find with random numbers. It misses names behind a wrapper
         # (`module.`), which only `gsa_jax.convert.names` strips. And if the source holds the tied head in place of the
         # embedding, the embedding is left without data.
-        own = {name: torch.tensor(np.asarray(t, np.float32)) for name, t in tensors.items() if not is_splat(name)}
-        model = transformers.GPTNeoForCausalLM(model.config)
+        used = {name: tensor for name, tensor in tensors.items() if through_splats or not is_splat(name)}
+        own = {name: torch.tensor(np.asarray(tensor, np.float32)) for name, tensor in used.items()}
+        model = model_class(model.config)
         model.load_state_dict({**own, "lm_head.weight": own[TOKEN_EMBEDDING]}, strict=True)
-        names = ", weights by our names"
+        names += ", weights by our names"
     model = model.float().eval()
 
     def run_torch(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -179,9 +213,10 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
             )
         return output.logits.numpy()
 
-    yield f"PyTorch (transformers {transformers.__version__}){names}", run_torch
-    if int(transformers.__version__.split(".")[0]) >= 5:
-        return  # Flax models are gone from there
+    what = ", through splats" if through_splats else ""
+    yield f"PyTorch (transformers {transformers.__version__}){what}{names}", run_torch
+    if through_splats or int(transformers.__version__.split(".")[0]) >= 5:
+        return  # Flax models are gone from there, and know no splats
     # Imported by name, because a type checker may look at transformers 5.
     flax_class = importlib.import_module("transformers.models.gpt_neo.modeling_flax_gpt_neo").FlaxGPTNeoForCausalLM
     bridge = importlib.import_module("transformers.modeling_flax_pytorch_utils")

@@ -11,9 +11,11 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 from gsa_jax.errors import InputError
+from gsa_jax.hf_fields import ALIASES, REPLACED, SPLAT_MODEL_TYPE, own_names, refuse_other_names
+from gsa_jax.splat_config import LayerSplats, SplatConfig, Window, require_int
 
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish")
 """Names of Hugging Face activations that `gsa_jax.layers` implements."""
@@ -31,122 +33,15 @@ _NOT_STORED = ("dtype", "remat", "attention_implementation")
 """Fields that say how a model computes, not what it is."""
 
 
-def _require_int(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise InputError(f"{name} = {value!r}: must be a whole number >= {minimum}")
+def require_seed(seed: int) -> None:
+    """Raises `InputError` for a seed that one of the generators of random numbers (JAX, NumPy, grain) does not take."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InputError(f"seed = {seed!r}: must be a whole number from 0 to {2**32 - 1}")
 
 
 def _require_probability(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise InputError(f"{name} = {value!r}: must be a probability in [0, 1)")
-
-
-Window = int | Literal["all"]
-"""Tokens seen exactly, the query's own included; `"all"` is an infinite window."""
-
-
-class LayerSplats(NamedTuple):
-    """What one layer with splats has: S splats per head, a window of W tokens, and M kept keys per head."""
-
-    num_splats: int
-    window: Window
-    kept: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SplatConfig:
-    """Attention through Gaussian splats: where, how many, and which terms of the far score are parameters.
-
-    The first three may be one number for all layers, or a list of one for each layer that has splats.
-
-    Attributes:
-        num_splats: splats per head, S >= 0; with 0, a query sees its window and kept keys, and nothing else.
-        window: tokens that a query sees exactly, W >= 0, its own included. With `"all"`, each layer attends as it does
-            in the plain model, and the splats are attached but unused.
-        kept: keys beyond the window that each head sees exactly, M >= 0: those of most importance.
-        layers: `"global"` for the global ones, `"all"`, or their numbers. A local layer reaches beyond its own window
-            through splats, as a global one does, once `window` is finite.
-        log_amplitudes: each splat has an amplitude.
-        norm_gain: each head weighs the squared norms of query and far key.
-        far_gain: each head weighs far keys against near ones.
-        importance: what makes a key one to keep: its `"norm"`, or weights of each head that are `"learned"`.
-    """
-
-    num_splats: int | tuple[int, ...]
-    window: Window | tuple[int, ...] = "all"
-    kept: int | tuple[int, ...] = 0
-    layers: str | tuple[int, ...] = "global"
-    log_amplitudes: bool = False
-    norm_gain: bool = False
-    far_gain: bool = False
-    importance: Literal["norm", "learned"] = "norm"
-
-    def __post_init__(self) -> None:
-        for name in ("num_splats", "window", "kept"):
-            value = getattr(self, name)
-            if isinstance(value, list | tuple):
-                object.__setattr__(self, name, tuple(value))
-                for number in value:
-                    _require_int(name, number, 0)
-            elif not (name == "window" and value == "all"):
-                _require_int(name, value, 0)
-        if isinstance(self.layers, list | tuple):
-            for layer in self.layers:
-                _require_int("layers", layer, 0)
-            object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
-        elif self.layers not in ("all", "global"):
-            raise InputError(f"layers = {self.layers!r}: must be 'all', 'global' or a list of layer numbers")
-        for name in OPTIONAL_TERMS:
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} = {getattr(self, name)!r}: must be true or false")
-        if self.importance not in ("norm", "learned"):
-            raise InputError(f"importance = {self.importance!r}: must be 'norm' or 'learned'")
-        if self.window == "all" and self.keeps:
-            raise InputError(
-                f"kept = {self.kept} with window = 'all': no key leaves the window; give a number of tokens"
-            )
-        self.of_layers(max(len(x) if isinstance(x, tuple) else 1 for x in (self.num_splats, self.window, self.kept)))
-
-    def of_layers(self, count: int) -> tuple[LayerSplats, ...]:
-        """What each of `count` layers has.
-
-        Raises:
-            InputError: a list has another length, or a layer has nothing to attend to.
-        """
-        columns = []
-        for name in ("num_splats", "window", "kept"):
-            value = getattr(self, name)
-            column = value if isinstance(value, tuple) else (value,) * count
-            if len(column) != count:
-                raise InputError(f"{name} = {list(column)}: give one number for each layer with splats, {count} in all")
-            columns.append(column)
-        layers = tuple(LayerSplats(*values) for values in zip(*columns, strict=True))
-        if (0, 0, 0) in layers:
-            raise InputError(
-                "num_splats = 0 with window = 0 and kept = 0 leaves nothing to attend to; raise one of them"
-            )
-        return layers
-
-    @property
-    def has_splats(self) -> bool:
-        """Whether any layer has any."""
-        return any(self.num_splats) if isinstance(self.num_splats, tuple) else self.num_splats > 0
-
-    @property
-    def keeps(self) -> bool:
-        """Whether any layer keeps keys."""
-        return any(self.kept) if isinstance(self.kept, tuple) else self.kept > 0
-
-
-OPTIONAL_TERMS = ("log_amplitudes", "norm_gain", "far_gain")
-"""Terms of the far score that `SplatConfig` can make parameters; named as in `gsa_jax.ops.Splats`."""
-
-SPLAT_PRESETS = {
-    "hybrid": SplatConfig(num_splats=32, window=64, kept=64, norm_gain=True, far_gain=True, importance="learned"),
-    "seed-phase1": SplatConfig(num_splats=2, window=0, layers="all"),
-}
-"""The recommended configuration, with the two terms that let far scores stand beside near ones; and that of the
-PyTorch prototype, whose two splats replace the products of queries and keys in every layer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +54,9 @@ class GPTNeoConfig:
         attention_types: pairs `(pattern, repeats)`; `((("global", "local"), 12),)` is 24 alternating layers.
         window_size: tokens seen by a local layer, its own included.
         intermediate_size: width of the MLP; `None` means `4 * hidden_size`.
+        bos_token_id: may be beyond the vocabulary, as the default is for small models; it is not embedded unless a text
+            is to start with it.
+        eos_token_id: one, or several of which each ends a text; may be beyond the vocabulary, and then no text ends.
         splats: splats attached to the attention, or `None` for the plain model.
         dtype: of the computation, one of `DTYPES`. Not part of a `config.json`, whose `dtype` is that of the stored
             weights; nor are the fields after it.
@@ -185,7 +83,7 @@ class GPTNeoConfig:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     bos_token_id: int | None = 50256
-    eos_token_id: int | None = 50256
+    eos_token_id: int | tuple[int, ...] | None = 50256
     splats: SplatConfig | None = None
     dtype: str = "float32"
     remat: bool = False
@@ -201,9 +99,9 @@ class GPTNeoConfig:
             "num_heads",
             "window_size",
         ):
-            _require_int(name, getattr(self, name), 1)
+            require_int(name, getattr(self, name), 1)
         if self.intermediate_size is not None:
-            _require_int("intermediate_size", self.intermediate_size, 1)
+            require_int("intermediate_size", self.intermediate_size, 1)
         for name in ("resid_dropout", "embed_dropout", "attention_dropout"):
             _require_probability(name, getattr(self, name))
         for name in ("layer_norm_epsilon", "initializer_range"):
@@ -212,10 +110,11 @@ class GPTNeoConfig:
                 raise InputError(f"{name} = {value!r}: must be a number")
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} = {value!r}: must be finite and >= 0")
-        for name in ("bos_token_id", "eos_token_id"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or not 0 <= value < self.vocab_size):
-                raise InputError(f"{name} = {value!r}: not in the vocabulary of {self.vocab_size} tokens")
+        if isinstance(self.eos_token_id, list | tuple):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id) or None)
+        for name, value in self._special_tokens():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InputError(f"{name} = {value!r}: must be the number of a token")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype = {self.dtype!r}: must be one of {', '.join(DTYPES)}")
         if self.attention_implementation not in get_args(AttentionImplementation):
@@ -241,6 +140,20 @@ class GPTNeoConfig:
             if self.splat_layers[-1] >= self.num_layers:
                 raise InputError(f"splats.layers = {self.splats.layers!r}: the model has {self.num_layers} layers")
             self.splats.of_layers(len(self.splat_layers))
+
+    def _special_tokens(self) -> list[tuple[str, int]]:
+        ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        named = [("bos_token_id", self.bos_token_id), *(("eos_token_id", end) for end in ends)]
+        return [(name, value) for name, value in named if value is not None]
+
+    @property
+    def beyond_vocabulary(self) -> list[str]:
+        """A phrase for each special token that is no token of the model: it is never generated, and never embedded."""
+        return [
+            f"{name} = {value} is beyond the vocabulary of {self.vocab_size} tokens"
+            for name, value in self._special_tokens()
+            if not 0 <= value < self.vocab_size
+        ]
 
     @property
     def attention_layers(self) -> tuple[str, ...]:
@@ -305,14 +218,12 @@ class GPTNeoConfig:
         """Reads a Hugging Face configuration: a `transformers` config object or the dict of its `config.json`.
 
         A key `splats` written by `to_hf` is read back. Raises `InputError` if the configuration describes something
-        that this model is not (another `model_type`, an untied head, contradictory attention lists).
+        that this model is not (another `model_type`, an untied head, fields that contradict one another).
         """
-        values: Mapping[str, Any] = hf if isinstance(hf, Mapping) else hf.to_dict()
+        values = own_names(hf if isinstance(hf, Mapping) else hf.to_dict())
         model_type = values.get("model_type", "gpt_neo")
-        if model_type != "gpt_neo":
+        if model_type not in ("gpt_neo", SPLAT_MODEL_TYPE):
             raise InputError(f"model_type = {model_type!r}: only 'gpt_neo' models are supported")
-        if values.get("tie_word_embeddings", True) is False:
-            raise InputError("tie_word_embeddings = false: an output head of its own is not supported")
         splats = values.get("splats")
         if splats is not None and not isinstance(splats, SplatConfig):
             try:
@@ -324,25 +235,60 @@ class GPTNeoConfig:
                 raise InputError(f"splats = {splats!r}: {error}") from None
         own = {field.name for field in dataclasses.fields(cls)} - {"splats", *_NOT_STORED}
         config = cls(splats=splats, **{name: value for name, value in values.items() if name in own})
-        listed = values.get("attention_layers")
+        listed = values.get("attention_layers") if model_type == "gpt_neo" else None
         if listed is not None and listed not in (config.attention_layers, list(config.attention_layers)):
             raise InputError(f"attention_layers = {listed!r} contradicts attention_types")
+        refuse_other_names(
+            values,
+            {field: getattr(config, field) for field in own}
+            | {"intermediate_size": config.mlp_dim, "hidden_size / num_heads": config.head_dim},
+        )
         return config
 
     def to_hf(self) -> dict[str, Any]:
-        """The dict for a `config.json` that `transformers` 4 and 5 read as a `GPTNeoConfig`."""
+        """The dict for a `config.json` that `transformers` 4 and 5 read as a `GPTNeoConfig`: as the exact model."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_STORED}
         values["attention_types"] = [[list(pattern), repeats] for pattern, repeats in self.attention_types]
         values["attention_layers"] = list(self.attention_layers)
+        if isinstance(self.eos_token_id, tuple):
+            values["eos_token_id"] = list(self.eos_token_id)
         if self.splats is None:
             del values["splats"]
         return {"architectures": ["GPTNeoForCausalLM"], "model_type": "gpt_neo", **values}
 
+    def to_hf_with_splats(self) -> dict[str, Any]:
+        """The same for the classes of `gsa_jax.convert.pytorch`, which compute through the splats.
+
+        GPT-Neo's own classes refuse it, because they know no layer of the kind `"splats"`.
+        """
+        kinds = enumerate(self.attention_layers)
+        return self.to_hf() | {
+            "architectures": ["GSAForCausalLM"],
+            "model_type": SPLAT_MODEL_TYPE,
+            "tokenizer_class": "GPT2Tokenizer",  # which transformers knows of gpt_neo, if its files name no other
+            "attention_layers": ["splats" if n in self.splat_layers else kind for n, kind in kinds],
+        }
+
 
 def read_config(path: Path) -> GPTNeoConfig:
     """Reads a `config.json`. Raises `InputError`, naming the file, if it is missing or cannot be used."""
+    values = read_config_values(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return GPTNeoConfig.from_hf(values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def carried_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the fields of a Hugging Face `config.json`, those for which this model has no use and others may."""
+    own = {field.name for field in dataclasses.fields(GPTNeoConfig)}
+    return {name: value for name, value in values.items() if name not in own | ALIASES.keys() | REPLACED}
+
+
+def read_config_values(path: Path) -> dict[str, Any]:
+    """All fields of a GPT-Neo's `config.json`; raises as `read_config` does."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows begin with a byte order mark
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a model folder needs a config.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -351,10 +297,7 @@ def read_config(path: Path) -> GPTNeoConfig:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if not isinstance(values, dict) or "model_type" not in values:
         raise InputError(f"{path}: no model_type in it; expected the config.json of a GPT-Neo")
-    try:
-        return GPTNeoConfig.from_hf(values)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return values
 
 
 def _freeze_attention_types(value: Any) -> tuple[tuple[tuple[str, ...], int], ...]:
@@ -365,5 +308,5 @@ def _freeze_attention_types(value: Any) -> tuple[tuple[tuple[str, ...], int], ..
     for pattern, repeats in frozen:
         if not all(isinstance(kind, str) for kind in pattern):
             raise InputError(f"attention_types = {value!r}: kinds must be names")
-        _require_int("attention_types repeats", repeats, 1)
+        require_int("attention_types repeats", repeats, 1)
     return frozen

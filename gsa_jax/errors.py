@@ -1,8 +1,10 @@
-"""The one exception that stands for bad input, and how it quotes another one.
+"""The one exception that stands for bad input, how it quotes another one, and how it lists many things.
 
 Raise `InputError` with a single line that names the thing and the remedy; the command line prints that line and
 exits with code 2. Anything else that escapes is a bug and keeps its traceback.
 """
+
+from collections.abc import Sequence
 
 
 class InputError(ValueError):
@@ -13,3 +15,9 @@ def first_line(error: BaseException) -> str:
     """What another library's exception says, short enough to be quoted in an `InputError`."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+def listed(phrases: Sequence[str], shown: int = 5) -> str:
+    """The first of them, and how many more there are."""
+    more = f"; and {len(phrases) - shown} more" if len(phrases) > shown else ""
+    return "; ".join(phrases[:shown]) + more

@@ -15,12 +15,16 @@ from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.attention import GPTNeoAttention
 from gsa_jax.config import GPTNeoConfig
+from gsa_jax.errors import InputError
+from gsa_jax.generation_config import GenerationConfig
 from gsa_jax.layer_scan import scan_layers
 from gsa_jax.layers import ACTIVATION_FUNCTIONS, Linear
 from gsa_jax.ops import SplatState, linear, look_up
@@ -146,6 +150,8 @@ class GPTNeoModel(nnx.Module):
         before = jnp.zeros(input_ids.shape[0], jnp.int32) if cache is None else cache.tokens
         if positions is None:
             positions = before[:, None] + positions_from_mask(attention_mask, segment_ids)
+        # Padding may hold any number. What it looks up is given a weight of 0, and 0 * NaN would be NaN.
+        input_ids, positions = (jnp.where(attention_mask, x, jnp.zeros_like(x)) for x in (input_ids, positions))
         hidden_states = self.embed(input_ids, positions)
 
         def run(block: GPTNeoBlock, hidden_states: jax.Array, state: SplatState | None) -> Any:
@@ -170,16 +176,45 @@ class GPTNeoModel(nnx.Module):
         return hidden_states, Cache(tuple(following), before + jnp.sum(attention_mask, axis=1, dtype=jnp.int32))
 
 
+def _token_ids(input_ids: ArrayLike) -> Int[Array, "B T"]:
+    ids = jnp.asarray(input_ids)
+    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise InputError(f"input_ids is {ids.dtype}{list(ids.shape)}; give integers of shape [rows, tokens]")
+    return ids
+
+
+def _check_numbers(
+    config: GPTNeoConfig, ids: Int[Array, "B T"], positions: Int[Array, "B T"], mask: Bool[Array, "B T"]
+) -> None:
+    """Raises `InputError` for a token whose id or position the model does not have, where numbers can be seen."""
+    ends = "give shorter texts, or the model more positions: gsa train finetune --max-positions"
+    for what, numbers, count, remedy in (
+        ("token id", ids, config.vocab_size, "does the tokenizer belong to this model?"),
+        ("position", positions, config.max_position_embeddings, ends),
+    ):
+        if isinstance(numbers, Tracer) or isinstance(mask, Tracer):
+            continue
+        known = np.asarray(numbers)
+        outside = np.argwhere(np.asarray(mask) & ((known < 0) | (known >= count)))
+        if len(outside):
+            row, slot = outside[0].tolist()
+            raise InputError(f"row {row} has a token with {what} {known[row, slot]}, the model has {count}; {remedy}")
+
+
 class GPTNeoForCausalLM(nnx.Module):
     """GPT-Neo with its tied language-modelling head.
 
     Args:
         config: shape of the model, and how it computes; with `config.splats` its splat layers carry splat parameters.
         rngs: for the initial weights, which are float32, stream `params`.
+
+    Attributes:
+        generation_config: defaults of `gsa_jax.generation`; `gsa_jax.load` takes them from the model's folder.
     """
 
     def __init__(self, config: GPTNeoConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
+        self.generation_config = GenerationConfig.of_model(config)
         self.transformer = GPTNeoModel(config, rngs=rngs)
 
     def __call__(
@@ -192,7 +227,7 @@ class GPTNeoForCausalLM(nnx.Module):
         """Logits of the next token, float32.
 
         Args:
-            input_ids: integers `[B, T]`; must lie in the vocabulary, an id outside of it gives NaN.
+            input_ids: integers `[B, T]`; those of padding may be any.
             attention_mask: bools or Hugging Face's integers `[B, T]`: 1 for tokens, 0 for padding anywhere; all tokens
                 if None. Logits of padding are finite and mean nothing.
             positions: row of the position embedding for each token; counted from the mask if None, from 0 in each
@@ -201,8 +236,9 @@ class GPTNeoForCausalLM(nnx.Module):
                 from 1, 0 is padding. A token sees only its own document.
 
         Raises:
-            InputError: a mask has a wrong shape or dtype, or `segment_ids` fall along a row (which can be seen only
-                outside of `jit`).
+            InputError: an argument has a wrong shape or dtype. Outside of `jit` also: `segment_ids` fall along a row, a
+                token's id is not in the vocabulary, or a document has more tokens than the model has positions.
+                Inside of `jit` a row with such a token gives NaN.
         """
         return self._logits(self.hidden_states(input_ids, attention_mask, positions, segment_ids))
 
@@ -214,9 +250,11 @@ class GPTNeoForCausalLM(nnx.Module):
         segment_ids: ArrayLike | None = None,
     ) -> Float[Array, "B T E"]:
         """What `__call__` makes logits of, with the same arguments; in the dtype of the computation."""
-        ids = jnp.asarray(input_ids)
+        ids = _token_ids(input_ids)
         mask = token_mask(attention_mask, ids.shape)
         segments = None if segment_ids is None else check_segment_ids(segment_ids, ids.shape)
+        positions = positions_from_mask(mask, segments) if positions is None else positions
+        _check_numbers(self.config, ids, positions, mask)
         return self.transformer(ids, mask, segments, positions)[0]
 
     def prefill(
@@ -247,9 +285,11 @@ class GPTNeoForCausalLM(nnx.Module):
         cache: Cache | None = None,
         capacity: int | None = None,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        ids = jnp.asarray(input_ids)
+        ids = _token_ids(input_ids)
         mask = token_mask(attention_mask, ids.shape)
-        hidden_states, following = self.transformer(ids, mask, cache=cache, capacity=capacity)
+        positions = positions_from_mask(mask) + (0 if cache is None else cache.tokens[:, None])
+        _check_numbers(self.config, ids, positions, mask)
+        hidden_states, following = self.transformer(ids, mask, None, positions, cache, capacity=capacity)
         assert following is not None, "a cache or a capacity gives a cache"
         return self._logits(hidden_states[:, -1]), following
 

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from gsa_jax.config import GPTNeoConfig
-from gsa_jax.errors import InputError
+from gsa_jax.errors import InputError, listed
 from gsa_jax.model import GPTNeoForCausalLM
 
 Tensor = TypeVar("Tensor", np.ndarray, jax.Array)
@@ -84,11 +84,11 @@ def build_model(
         param_dtype: of the parameters; as `tensors` has them if None. The computation has `config.dtype`.
 
     Raises:
-        InputError: tensors are missing, left over or of another shape; all of them are listed.
+        InputError: tensors are missing, left over or of another shape.
     """
     problems = shape_problems(expected_shapes(config), {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if problems:
-        raise InputError("tensors do not fit the configuration: " + "; ".join(problems))
+        raise InputError("tensors do not fit the configuration: " + listed(problems))
     graphdef, abstract = nnx.split(_abstract_model(config))
     flat = []
     for path, leaf in nnx.to_flat_state(abstract):

@@ -12,6 +12,7 @@ compiled is `gsa_jax.ops.partition`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from gsa_jax.config import GPTNeoConfig
-from gsa_jax.errors import InputError
+from gsa_jax.errors import InputError, first_line
 from gsa_jax.ops.partition import BATCH, MESH_AXES, TABLE
 
 _SPECS = {
@@ -36,6 +37,17 @@ _SPECS = {
     r"\.splat_\w+": P("tensor"),
 }
 """Ends of Hugging Face's tensor names, with weights `[out, in]`; everything else is on every device."""
+
+
+def require_backend() -> None:
+    """Raises `InputError` if JAX finds no device of the kind that it was told to use."""
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # the latter from a platform whose plugin is not installed
+        raise InputError(
+            f"JAX cannot use the platform it was told to (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}): "
+            f"{first_line(error)}; install its plugin, or set JAX_PLATFORMS=cpu"
+        ) from error
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:

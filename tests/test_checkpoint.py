@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,7 +89,7 @@ def test_a_damaged_report(run_gsa, tmp_path, story_checkpoint):
     shutil.copytree(story_checkpoint, tmp_path / "checkpoint")
     for content in ("not json", "[]", '{"dialect": "klingon"}', '{"dialect": 3}'):
         (tmp_path / "checkpoint" / "conversion.json").write_text(content)
-        outcome = run_gsa("export", tmp_path / "checkpoint", tmp_path / "out")
+        outcome = run_gsa("export", tmp_path / "checkpoint", tmp_path / "out", "--exact")
         outcome.assert_refused(tmp_path / "checkpoint" / "conversion.json", "damaged")
 
 
@@ -96,6 +98,30 @@ def test_a_hugging_face_folder_is_not_a_checkpoint(run_gsa, tmp_path, story_neo)
     run_gsa("generate", story_neo, "--prompt", "Once").assert_refused(*words)
     run_gsa("export", story_neo, tmp_path / "out").assert_refused(*words)
     run_gsa("verify", story_neo, story_neo).assert_refused(*words)
+
+
+def test_what_may_not_be_read_is_not_called_damaged(run_gsa, story_checkpoint, monkeypatch):
+    secret = story_checkpoint / "weights" / "commit_success.txt"
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode, **options: path != secret and allowed(path, mode, **options))
+    outcome = run_gsa("generate", story_checkpoint, "--prompt", "Once")
+    outcome.assert_refused(secret, "cannot be read (no permission)")
+    assert "damaged" not in outcome.err
+
+
+def test_a_platform_that_is_not_there_is_not_called_damage(story_checkpoint, story_neo, tmp_path):
+    gsa = Path(sys.executable).parent / "gsa"
+    for command in (["generate", story_checkpoint, "--prompt", "Once"], ["convert", story_neo, tmp_path / "out"]):
+        done = subprocess.run(
+            [gsa, *command], env=os.environ | {"JAX_PLATFORMS": "tpu"}, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and "JAX_PLATFORMS=tpu" in done.stderr.splitlines()[-1]
+        assert "damaged" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_model_of_the_hub_is_not_a_checkpoint(run_gsa):
+    outcome = run_gsa("generate", "someone/some-model", "--prompt", "Once")
+    outcome.assert_refused("someone/some-model: no such checkpoint folder", "gsa convert someone/some-model OUT")
 
 
 def test_no_checkpoint_at_all(run_gsa, tmp_path):

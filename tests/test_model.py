@@ -1,6 +1,7 @@
 """The forward pass against Hugging Face PyTorch and Flax, and properties that hold without an oracle."""
 
 import dataclasses
+from typing import Any
 
 import chex
 import hypothesis
@@ -260,7 +261,7 @@ def test_config_goes_to_hugging_face_and_back() -> None:
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"window_size": 0}, "window_size = 0"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon = nan"),
-        ({"eos_token_id": VOCAB}, f"eos_token_id = {VOCAB}"),
+        ({"eos_token_id": True}, "eos_token_id = True"),
         ({"attention_layers": ["local", "global"]}, "attention_layers"),
         ({"splats": {"num_splats": 0, "window": 0}}, "num_splats = 0"),
         ({"splats": {"number": 1}}, "splats"),
@@ -326,3 +327,54 @@ def test_what_is_no_mask_is_refused_at_every_door(mask: np.ndarray) -> None:
     ):
         with pytest.raises(InputError, match="attention_mask"):
             door()
+
+
+@pytest.mark.parametrize("given", ["mask", "segments", "positions"])
+def test_more_tokens_than_positions_are_an_error(given: str) -> None:
+    """Tokens count, not slots: padding and a new document take no position."""
+    model = tiny_model(max_position_embeddings=16)
+    ids, mask, segments = random_ids(0, 2, 20), np.ones((2, 20), bool), np.ones((2, 20), np.int32)
+    with pytest.raises(InputError, match="row 0 has a token with position 16, the model has 16; give shorter texts"):
+        model(ids)
+    with pytest.raises(InputError, match="row 0 has a token with position 16"):
+        model.prefill(ids, None, 20)
+    arguments: dict[str, Any] = {"attention_mask": mask}
+    mask[0, 3:7], mask[1, :4] = False, False
+    if given == "segments":
+        mask[:], segments[:, 10:] = True, 2
+        arguments["segment_ids"] = segments
+    elif given == "positions":
+        mask[:] = True
+        arguments["positions"] = jnp.arange(20)[None].repeat(2, axis=0) % 16
+    assert np.isfinite(model(ids, **arguments)).all()
+    if given == "mask":
+        logits, cache = model.prefill(ids, mask, 40)
+        assert np.isfinite(logits).all()
+        with pytest.raises(InputError, match="row 0 has a token with position 16"):
+            model.extend(ids[:, :1], None, cache)
+
+
+def test_what_is_no_token_id_is_an_error() -> None:
+    model = tiny_model()
+    for wrong in (VOCAB, -1):
+        with pytest.raises(InputError, match=f"row 1 has a token with token id {wrong}, the model has {VOCAB}"):
+            model(np.array([[1, 2], [3, wrong]]))
+    for wrong in (np.zeros(3, int), np.zeros((1, 3)), np.zeros((1, 2, 3), int)):
+        with pytest.raises(InputError, match="input_ids is "):
+            model(wrong)
+
+
+def test_a_row_that_is_too_long_leaves_the_others_alone() -> None:
+    """Inside of `jit`, where nobody can be told. And padding may hold any numbers."""
+    model = tiny_model(max_position_embeddings=16)
+    ids, mask = random_ids(1, 3, 20), np.ones((3, 20), bool)
+    mask[1, 15:], mask[2, :8] = False, False
+    expected = [np.asarray(model(ids[row : row + 1], mask[row : row + 1]))[0] for row in (1, 2)]
+    ids[~mask] = np.array([-100, VOCAB, 2**30])[np.arange((~mask).sum()) % 3]
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    positions[~mask] = 10**6
+    for given in (None, jnp.asarray(positions)):
+        got = np.asarray(jax.jit(lambda ids, positions: model(ids, mask, positions))(ids, given))
+        for row, alone in zip((1, 2), expected, strict=True):
+            np.testing.assert_allclose(got[row][mask[row]], alone[mask[row]], rtol=1e-4, atol=1e-4)
+        assert np.isfinite(got[1:]).all() and np.isnan(got[0]).any()

@@ -17,10 +17,11 @@ from flax import nnx
 from gsa_jax import GPTNeoForCausalLM, InputError, SplatConfig, generate, load
 from gsa_jax import generation as generation_module
 from gsa_jax.attention import state_bytes
-from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.ops.chunked import _SCHEDULES, Schedule
 from gsa_jax.parameters import build_model, named_parameters
-from helpers.tiny_models import VOCAB, random_ids, relative_rms, tiny_model
+from gsa_jax.splat_config import SPLAT_PRESETS
+from helpers.tiny_models import VOCAB, random_ids, relative_rms, tiny_model, tiny_splat_model
 
 api = importlib.import_module("gsa_jax.ops.api")
 
@@ -52,17 +53,7 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @functools.cache
 def splat_model(mode: str, dtype: str = "float32") -> GPTNeoForCausalLM:
-    """A random model of two layers, local (window 7) and global, whose splats are random in every parameter."""
-    plain = tiny_model(window_size=7, attention_types=[[["local", "global"], 1]])
-    config = dataclasses.replace(plain.config, splats=MODES[mode], dtype=dtype)
-    random = np.random.default_rng(0)
-    tensors = named_parameters(GPTNeoForCausalLM(config, rngs=nnx.Rngs(0)))
-    for name, tensor in tensors.items():
-        if ".splat_" in name:
-            centre = 0.7 if name.endswith("log_scales") else 0.0
-            spread = 1.0 if name.endswith(("centers", "amplitudes")) else 0.1
-            tensors[name] = jnp.asarray(centre + spread * random.normal(size=tensor.shape), jnp.float32)
-    return build_model(config, tensors | named_parameters(plain))
+    return tiny_splat_model(MODES[mode], dtype)
 
 
 def jitted(model: GPTNeoForCausalLM):

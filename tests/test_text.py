@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from gsa_jax import GPTNeoConfig, InputError, load_tokenizer
 from gsa_jax.config import read_config
-from gsa_jax.text import DOCUMENT_SEPARATOR, read_documents, text_rows
+from gsa_jax.text import read_documents, text_rows
+from gsa_jax.text_files import DOCUMENT_SEPARATOR
 from helpers.texts import STORIES
 
 VOCAB, START = 50, 7

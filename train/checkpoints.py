@@ -28,11 +28,10 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
-from gsa_jax.errors import InputError, first_line
+from gsa_jax.checkpoint import DAMAGE, refuse_unreadable
+from gsa_jax.errors import InputError, first_line, listed
 from gsa_jax.files import is_disk_full
 from gsa_jax.parameters import shape_problems
-
-_SHOWN_MISFITS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,14 +177,14 @@ class RunCheckpoints:
         alone.multiprocessing.active_processes = {jax.process_index()}
         alone.multiprocessing.primary_host = jax.process_index()
         with alone, _damage_in_any_process():
+            refuse_unreadable(folder)
             data, checksums = (json.loads((folder / name / "data.json").read_text()) for name in ("data", "checksums"))
             stored = ocp.checkpointables_metadata(str(folder)).metadata.get("state")
             if stored is None:
                 raise ValueError("the list of its arrays cannot be read")
             misfits = _misfits(abstract, stored)
         if misfits:
-            more = f"; and {len(misfits) - _SHOWN_MISFITS} more" if len(misfits) > _SHOWN_MISFITS else ""
-            raise InputError(f"{folder}: does not fit this run: {'; '.join(misfits[:_SHOWN_MISFITS])}{more}")
+            raise InputError(f"{folder}: does not fit this run: {listed(misfits, 10)}")
         with alone, _damage_in_any_process():
             named = ocp.load_checkpointables(str(folder), {"state": abstract})["state"]
         changed = _changed(checksums, _checksums(named, data))
@@ -228,13 +227,23 @@ class _DamagedError(Exception):
 
 @contextlib.contextmanager
 def _damage_in_any_process() -> Iterator[None]:
-    reason = None
+    reason = other = None
     try:
         yield
-    except Exception as error:  # Orbax and TensorStore have no common class for what a damaged file leads to
+    except InputError as error:
+        other = error
+    except DAMAGE as error:
         reason = first_line(_innermost(error))
-    if not np.all(multihost_utils.process_allgather(np.asarray(reason is None))):
-        raise _DamagedError(reason or "another process cannot read it")
+    except Exception as error:  # raised again, once the other processes have heard of it
+        other = error
+    found = multihost_utils.process_allgather(np.asarray([reason is not None, other is not None]))
+    damaged, stopped = np.any(np.reshape(found, (-1, 2)), axis=0)
+    if other is not None:
+        raise other
+    if stopped:
+        raise InputError("another process cannot read the checkpoint, though it is not damaged")
+    if damaged:
+        raise _DamagedError(reason or "it is damaged for another process")
 
 
 def _innermost(error: BaseException) -> BaseException:

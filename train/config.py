@@ -14,8 +14,11 @@ from typing import Any, Literal
 
 import tyro
 
-from gsa_jax.config import AttentionImplementation, GPTNeoConfig
+from gsa_jax.config import AttentionImplementation, GPTNeoConfig, require_seed
 from gsa_jax.errors import InputError
+
+Tracker = Literal["tensorboard", "trackio", "wandb"]
+"""Libraries that show the metrics of runs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,10 +98,12 @@ class TrainConfig:
 
     out: tyro.conf.Positional[Path]
     """Folder of the run; the same command goes on with a run that was stopped."""
-    text: Path
-    """Training text: a UTF-8 file of documents, or a .bin file of uint16 token ids."""
-    eval_text: Path | None = None
-    """UTF-8 file of held-out documents; without one nothing is evaluated."""
+    text: tuple[Path, ...]
+    """Training text: files of UTF-8 text, .jsonl or .parquet, .gz as well; or one .bin file of uint16 token ids."""
+    eval_text: tuple[Path, ...] = ()
+    """Held-out text, in files of the same kinds but .bin; without any nothing is evaluated."""
+    text_field: str = "text"
+    """Field of .jsonl and .parquet files that holds the text."""
     steps: int = 1000
     """Optimiser steps."""
     batch_size: int = 8
@@ -124,9 +129,17 @@ class TrainConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = 2
     """Checkpoints that are kept, the newest ones."""
-    tensorboard: bool = False
-    """Write event files as well, with tensorboardX."""
+    track: Tracker | None = None
+    """Give the metrics to this as well: event files in RUN/tensorboard, or a run of Trackio or of Weights & Biases."""
+    profile: bool = False
+    """Record what a few steps after compilation do, in RUN/profile, for TensorBoard or xprof to show."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("text", "eval_text"):  # of one file, in Python, the path will do
+            path = getattr(self, name)
+            if isinstance(path, str | Path):
+                object.__setattr__(self, name, (Path(path),))
 
     @property
     def recipe(self) -> str:
@@ -140,6 +153,7 @@ class TrainConfig:
         for name, minimum in at_least.items():
             if getattr(self, name) < minimum:
                 raise InputError(f"{name} = {getattr(self, name)}: must be >= {minimum}")
+        require_seed(self.seed)
         optimizer = self.optimizer
         for name in ("learning_rate", "splat_learning_rate", "weight_decay", "clip_norm", "final_share"):
             value = getattr(optimizer, name)

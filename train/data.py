@@ -8,7 +8,8 @@ epoch.
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,35 @@ from jaxtyping import Int, Integer
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.files import new_file
-from gsa_jax.text import context_length, document_tokens, read_documents, start_token
+from gsa_jax.progress import Progress
+from gsa_jax.text import context_length, start_token, stream_tokens, token_dtype
+from gsa_jax.text_files import TextFiles
+
+TOKEN_SUFFIX = ".bin"
 
 TOKEN_DTYPE = np.dtype("<u2")
 """Of a file of token ids: 16 bits hold GPT-Neo's vocabulary of 50,257."""
+
+
+_ROWS_OF_A_RUN = 2**52
+"""More than any run reads, and few enough for a float, in which grain counts batches, to count them all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStream:
+    """The tokens of a training text.
+
+    Attributes:
+        ids: documents one after another, each begun by the start token.
+        source: where they are from, for messages.
+    """
+
+    ids: Integer[np.ndarray, "N"]
+    source: str
+
+    def fingerprint(self) -> str:
+        """What tells these tokens from others, wherever they are read from: the SHA-256 of their ids."""
+        return hashlib.sha256(np.ascontiguousarray(self.ids).data).hexdigest()
 
 
 class TokenRows:
@@ -45,15 +71,27 @@ class TokenRows:
         return {"input_ids": ids, "segment_ids": np.cumsum(starts, dtype=np.int32)}
 
 
-def read_tokens(path: Path, tokenizer: Any, config: GPTNeoConfig) -> Integer[np.ndarray, "N"]:
-    """The stream of tokens of a text file, or of a `.bin` file of uint16 token ids, which stays on disk.
+def read_tokens(files: TextFiles, tokenizer: Any, config: GPTNeoConfig, *, progress: Progress = iter) -> TokenStream:
+    """The tokens of text, in an array of `token_dtype`; or of one `.bin` file of uint16 token ids, which stays on disk.
+
+    Args:
+        progress: wraps names, one for each MB of text.
 
     Raises:
-        InputError: the file cannot be used, or holds ids outside of the vocabulary.
+        InputError: the files cannot be used, or hold ids outside of the vocabulary.
     """
-    if path.suffix != ".bin":
-        rows = document_tokens(read_documents(path), tokenizer, config)
-        return np.fromiter(itertools.chain.from_iterable(rows), np.int32)
+    if any(path.suffix == TOKEN_SUFFIX for path in files.paths):
+        return TokenStream(_token_file(files, config), str(files))
+    ids = bytearray()  # grows in place, where joining parts at the end would hold all of them twice
+    for part in stream_tokens(files, tokenizer, config, progress):
+        ids += part.data
+    return TokenStream(np.frombuffer(ids, token_dtype(config)), str(files))
+
+
+def _token_file(files: TextFiles, config: GPTNeoConfig) -> Integer[np.ndarray, "N"]:
+    if len(files.paths) != 1:
+        raise InputError(f"{files}: a {TOKEN_SUFFIX} file is a training text of its own; give it alone")
+    path = files.paths[0]
     try:
         size = path.stat().st_size
         if size == 0 or size % TOKEN_DTYPE.itemsize:
@@ -72,25 +110,31 @@ def read_tokens(path: Path, tokenizer: Any, config: GPTNeoConfig) -> Integer[np.
     return tokens
 
 
-def write_tokens(text: Path, out: Path, tokenizer: Any, config: GPTNeoConfig) -> int:
-    """Makes a `.bin` file of the tokens of a text file, for `read_tokens`; gives their number.
+def write_tokens(
+    files: TextFiles, out: Path, tokenizer: Any, config: GPTNeoConfig, *, progress: Progress = iter
+) -> int:
+    """Makes a `.bin` file of the tokens of text, for `read_tokens`; gives their number.
+
+    Args:
+        progress: wraps names, one for each MB of text.
 
     Raises:
         InputError: the text cannot be used, the vocabulary does not fit 16 bits, or the file cannot be written.
     """
-    if out.suffix != ".bin":
+    if out.suffix != TOKEN_SUFFIX:
         raise InputError(f"{out}: give it a name that ends in .bin, by which gsa train tells token ids from text")
-    if config.vocab_size > 2**16:
+    if token_dtype(config) != TOKEN_DTYPE:
         raise InputError(f"a vocabulary of {config.vocab_size} does not fit uint16 token ids; train on the text itself")
-    with new_file(out) as staging:
-        tokens = read_tokens(text, tokenizer, config)
-        tokens.astype(TOKEN_DTYPE).tofile(staging)
-    return len(tokens)
+    written = 0
+    with new_file(out) as staging, staging.open("wb") as file:
+        for part in stream_tokens(files, tokenizer, config, progress):
+            file.write(part.data)
+            written += len(part)
+    return written
 
 
 def row_batches(
-    path: Path,
-    tokenizer: Any,
+    tokens: TokenStream,
     config: GPTNeoConfig,
     *,
     context: int,
@@ -105,20 +149,22 @@ def row_batches(
     with another number of processes.
 
     Args:
-        path: text, or token ids, as `read_tokens` takes it.
         batch_size: rows of a batch, of all processes together; each gets `batch_size / processes`.
 
     Raises:
-        InputError: the context is out of range, the text is shorter than one row, or it cannot be used.
+        InputError: the context is out of range, or the text is shorter than one row.
     """
     context = context_length(config, context)
     if batch_size % processes:
         raise InputError(f"batch_size = {batch_size}: must be a multiple of the number of processes, {processes}")
-    tokens = read_tokens(path, tokenizer, config)
-    rows = TokenRows(tokens, context, start_token(config))
+    rows = TokenRows(tokens.ids, context, start_token(config))
     if not len(rows):
-        raise InputError(f"{path}: {len(tokens)} tokens are less than a row of {context}; give more text or --context")
-    dataset = grain.MapDataset.source(rows).shuffle(seed=seed).repeat()[process::processes]
+        raise InputError(
+            f"{tokens.source}: {len(tokens.ids)} tokens are less than a row of {context}; give more text or --context"
+        )
+    # Repeated for ever, grain's length is the largest that Python has, and batches of one row round it up beyond.
+    epochs = _ROWS_OF_A_RUN // len(rows) + 1
+    dataset = grain.MapDataset.source(rows).shuffle(seed=seed).repeat(epochs)[process::processes]
     dataset = dataset.batch(batch_size // processes)
     # Reading a row is too quick to be worth a thread.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

@@ -15,11 +15,12 @@ from gsa_jax.config import GPTNeoConfig
 from gsa_jax.evaluation.arms import make_arms
 from gsa_jax.evaluation.perplexity import cross_entropy, score_arms
 from gsa_jax.text import read_documents, text_rows
+from gsa_jax.text_files import TextFiles
 from gsa_jax.train.config import TrainConfig
 from gsa_jax.train.metrics import Record
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from gsa_jax.tokenizer import Tokenizer
 
 
 class Evaluator:
@@ -29,13 +30,11 @@ class Evaluator:
         InputError: the text cannot be used.
     """
 
-    def __init__(
-        self, config: TrainConfig, model: GPTNeoConfig, tokenizer: PreTrainedTokenizerBase, context: int
-    ) -> None:
+    def __init__(self, config: TrainConfig, model: GPTNeoConfig, tokenizer: Tokenizer, context: int) -> None:
         self._model = model
-        self._text = config.eval_text
-        if self._text is not None:
-            self._documents = read_documents(self._text)[: config.eval_documents or None]
+        self._text = TextFiles(config.eval_text, config.text_field)
+        if self._text.paths:
+            self._documents = read_documents(self._text, config.eval_documents or None)
             self._rows = text_rows(self._documents, tokenizer, model, context)
 
     def record(self, step: int, tensors: Mapping[str, jax.Array]) -> Record | None:
@@ -43,7 +42,7 @@ class Evaluator:
 
         A model without splats, or with a window of all tokens, has one arm, `exact`.
         """
-        if self._text is None:
+        if not self._text.paths:
             return None
         record: Record = {"kind": "eval", "step": step, "documents": len(self._documents)}
         splats = self._model.splats

@@ -36,6 +36,7 @@ class Start:
     Attributes:
         model: configuration of the model that is trained.
         shapes: of all its parameters, by their names.
+        stored: parameters of the checkpoint that it starts from, as they are in it; None if there is none.
         tensors: all parameters, on the host; None if they are drawn at random.
         is_trained: by a parameter's name.
         has_teacher: whether the objective needs a copy of the parameters at the start. An objective that compares with
@@ -46,6 +47,7 @@ class Start:
 
     model: GPTNeoConfig
     shapes: Mapping[str, tuple[int, ...]]
+    stored: Mapping[str, np.ndarray] | None
     tensors: Mapping[str, np.ndarray] | None
     is_trained: Callable[[str], bool]
     has_teacher: bool
@@ -108,6 +110,7 @@ def _pretrain(config: Pretrain) -> Start:
     return Start(
         model=model,
         shapes=expected_shapes(model),
+        stored=None,
         tensors=None,
         is_trained=lambda name: True,
         has_teacher=False,
@@ -124,6 +127,7 @@ def _distill(config: Distill) -> Start:
     return Start(
         model=model,
         shapes=expected_shapes(model),
+        stored=tensors,
         tensors=tensors,
         is_trained=is_splat,
         has_teacher=False,
@@ -133,9 +137,10 @@ def _distill(config: Distill) -> Start:
 
 
 def _finetune(config: Finetune) -> Start:
-    model, tensors = load_tensors(config.checkpoint)
+    model, stored = load_tensors(config.checkpoint)
+    tensors = stored
     if config.max_positions is not None:
-        model, tensors = extend_positions(model, tensors, config.max_positions, config.position_extension)
+        model, tensors = extend_positions(model, stored, config.max_positions, config.position_extension)
     if config.train == "splats":
         _require_splats(config.checkpoint, model)
     student = _build(config, model)
@@ -148,6 +153,7 @@ def _finetune(config: Finetune) -> Start:
     return Start(
         model=model,
         shapes=expected_shapes(model),
+        stored=stored,
         tensors={name: np.asarray(tensor) for name, tensor in tensors.items()},
         is_trained=lambda name: trained in name,
         has_teacher=bool(config.teacher_weight),

@@ -5,11 +5,12 @@ this package; its fields are its options, and its `run` calls one library functi
 imports wait until a command runs, so that `gsa --help` answers at once.
 
 Exit codes: 0 done, 1 `verify` found a difference, 2 bad input (one line on stderr; a traceback with `--debug`),
-130 interrupted, 143 terminated.
+130 interrupted, 141 nobody reads the output any more, 143 terminated.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -23,8 +24,10 @@ from gsa_jax.cli.conversion import Convert, Export, Verify
 from gsa_jax.cli.evaluation import Eval
 from gsa_jax.cli.fitting import Diagnose, FitInit
 from gsa_jax.cli.generation import Generate
+from gsa_jax.cli.harness import LmEval
 from gsa_jax.cli.training import Tokenize, Train, check_preset
 from gsa_jax.errors import InputError
+from gsa_jax.files import is_disk_full
 
 _COMMANDS: dict[str, Any] = {
     "convert": Convert,
@@ -35,12 +38,33 @@ _COMMANDS: dict[str, Any] = {
     "tokenize": Tokenize,
     "train": Train,
     "eval": Eval,
+    "lm-eval": LmEval,
     "export": Export,
 }
 
 
 def main() -> None:
     """Entry point of `gsa`; exits with the code of the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # which it is unless it is closed, or someone has put another there
+            stream.reconfigure(errors="backslashreplace")  # a character that a terminal cannot show
+    try:
+        try:
+            _run()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, and not when nothing can be done about it any more
+    except OSError as error:
+        closed = isinstance(error, BrokenPipeError)  # `gsa ... | head -1`
+        if not closed and not is_disk_full(error):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes what is left once more when it ends
+        if closed:
+            sys.exit(128 + signal.SIGPIPE)
+        _fail(InputError("the disk is full; what was printed is not all there"))
+
+
+def _run() -> NoReturn:
     if sys.argv[1:2] == ["train"]:
         try:
             check_preset(sys.argv[2:])

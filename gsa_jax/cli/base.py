@@ -8,13 +8,16 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gsa_jax.config import SPLAT_PRESETS, SplatConfig
 from gsa_jax.errors import InputError
+from gsa_jax.splat_config import SPLAT_PRESETS, SplatConfig
 
 if TYPE_CHECKING:
     from rich.status import Status
+
+    from gsa_jax.text_files import TextFiles
 
 PLAIN_WIDTH = 120
 """Columns of a table that is not printed on a terminal."""
@@ -30,6 +33,22 @@ class Command:
     def run(self) -> int:
         """Does the work and returns the exit code."""
         raise AssertionError("a command defines run()")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextCommand(Command):
+    """A command that reads text."""
+
+    text: tuple[Path, ...]
+    """Files of documents: UTF-8 text, .jsonl or .parquet; the first two also gzipped (.gz)."""
+    text_field: str = "text"
+    """Field of .jsonl and .parquet files that holds the text."""
+
+    def text_files(self) -> TextFiles:
+        """What the options name."""
+        from gsa_jax.text_files import TextFiles
+
+        return TextFiles(self.text, self.text_field)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,16 +81,6 @@ class SplatCommand(Command):
         if given and self.num_splats is None:
             raise InputError(f"--{next(iter(given))}: how many splats? Give --num-splats or --preset as well")
         return SplatConfig(**given) if given else None
-
-
-def describe(splats: SplatConfig) -> str:
-    """What layers with splats have, in words."""
-
-    def numbers(value: int | str | tuple[int, ...]) -> str:
-        return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-    kept = f", {numbers(splats.kept)} kept keys" if splats.keeps else ""
-    return f"{numbers(splats.num_splats)} splats, a window of {numbers(splats.window)} tokens{kept}"
 
 
 def progress(names: Iterable[str], label: str) -> Iterable[str]:

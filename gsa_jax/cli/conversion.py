@@ -5,13 +5,16 @@ May be changed here: their options and what they print.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from gsa_jax.cli.base import Command, SplatCommand, print_table, progress, status
+from gsa_jax.cli.base import Command, SplatCommand, TextCommand, print_table, progress, status
 from gsa_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,6 +35,12 @@ class Convert(SplatCommand):
     """Dtype of the parameters; as the source stores them by default."""
     allow_nonfinite: bool = False
     """Convert NaN and infinite weights as well."""
+    tokenizer: Path | None = None
+    """Folder with the tokenizer of a source that has none."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub's repository."""
+    subfolder: str | None = None
+    """Folder inside of the source that holds the model."""
 
     def run(self) -> int:
         from gsa_jax.convert import convert
@@ -45,6 +54,9 @@ class Convert(SplatCommand):
             splats=self.splats_from or splats,
             dtype=self.dtype,
             allow_nonfinite=self.allow_nonfinite,
+            tokenizer=self.tokenizer,
+            revision=self.revision,
+            subfolder=self.subfolder,
             progress=lambda names: progress(names, "reading tensors"),
         )
         print_table(
@@ -59,8 +71,13 @@ class Convert(SplatCommand):
                 ["splats", f"{report.splats} ({report.splat_parameters:,} parameters)"],
                 ["tokenizer", ", ".join(report.tokenizer) or "none in the source"],
                 ["ignored", f"{len(report.ignored)} tensors"],
+                *(["taken out of", container] for container in report.containers),
+                *([["wrappers left out", ", ".join(report.wrappers)]] if report.wrappers else []),
+                *([["files left behind", ", ".join(report.left_behind)]] if report.left_behind else []),
             ],
         )
+        for warning in report.warnings:
+            print(f"gsa: warning: {warning}; no text will end or start with it", file=sys.stderr)
         if report.ignored:
             print_table("ignored", ["tensor", "why"], [[name, why] for name, why in report.ignored.items()])
         return 0
@@ -68,12 +85,14 @@ class Convert(SplatCommand):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export(Command):
-    """Write a checkpoint as a Hugging Face folder."""
+    """Write a checkpoint as a Hugging Face folder; with splats, it has the PyTorch code that computes through them."""
 
     checkpoint: tyro.conf.Positional[Path]
     """Checkpoint folder."""
     out: tyro.conf.Positional[Path]
     """Hugging Face folder to make."""
+    exact: bool = False
+    """Write a plain GPT-Neo with exact attention, whose splats lie in it unused."""
     splats_only: bool = False
     """Write the splats alone, for `gsa convert --splats-from` to put beside the model again."""
 
@@ -81,35 +100,55 @@ class Export(Command):
         from gsa_jax.convert import export
 
         with status("writing"):
-            report = export(self.checkpoint, self.out, splats_only=self.splats_only)
+            report = export(self.checkpoint, self.out, exact=self.exact, splats_only=self.splats_only)
         print_table(
             f"{self.checkpoint} -> {self.out}",
             ["what", "value"],
             [
+                ["what", report.holds],
                 ["tensors", f"{report.tensors}"],
                 ["bytes", f"{report.bytes:,}"],
                 ["dialect of splats", report.dialect],
             ],
         )
+        if report.holds == "model with splats":
+            print(f"load it with: AutoModelForCausalLM.from_pretrained({str(self.out)!r}, trust_remote_code=True)")
         return 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Verify(Command):
+class Verify(TextCommand):
     """Compare a checkpoint's logits with those of its PyTorch source."""
 
     source: tyro.conf.Positional[str]
     """Hugging Face folder, or hub id, that was converted."""
     checkpoint: tyro.conf.Positional[Path]
     """Checkpoint folder."""
-    text: Path | None = None
-    """UTF-8 file to compare on, besides random ids."""
+    text: tuple[Path, ...] = ()
+    """Files of documents to compare on, besides random ids."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub's repository."""
+    subfolder: str | None = None
+    """Folder inside of the source that holds the model."""
+    json: Path | None = None
+    """File to make with all numbers."""
 
     def run(self) -> int:
         from gsa_jax.convert.verify import verify
+        from gsa_jax.files import new_file
 
-        with status("running both models"):
-            comparisons = verify(self.source, self.checkpoint, text=self.text)
+        with status("running both models"), new_file(self.json) if self.json else contextlib.nullcontext() as staging:
+            comparisons = verify(
+                self.source,
+                self.checkpoint,
+                text=self.text_files() if self.text else None,
+                revision=self.revision,
+                subfolder=self.subfolder,
+            )
+            if staging is not None:
+                rows = [{**dataclasses.asdict(found), "agrees": found.agrees} for found in comparisons]
+                report = {"source": self.source, "checkpoint": str(self.checkpoint), "comparisons": rows}
+                staging.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         print_table(
             f"{self.checkpoint} against {self.source}",
             ["oracle", "input", "tokens", "max abs", "rel. RMS", "tolerance", "top-1", "loss", "its loss", ""],

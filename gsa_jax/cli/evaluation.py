@@ -14,23 +14,26 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from gsa_jax.cli.base import Command, describe, print_table, progress
+from gsa_jax.cli.base import TextCommand, print_table, progress
 from gsa_jax.errors import InputError
+from gsa_jax.splat_config import describe
 
 if TYPE_CHECKING:
-    from gsa_jax.evaluation.intervals import Estimate
     from gsa_jax.evaluation.passkey import Passkey
     from gsa_jax.evaluation.perplexity import Evaluation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Eval(Command):
-    """Measure what splats cost: a model with splats beside the exact one, with controls and 95 % intervals."""
+class Eval(TextCommand):
+    """Measure what splats cost: a model with splats beside the exact one, with controls and 95 % intervals.
+
+    Of a checkpoint without splats, the exact model alone is measured.
+    """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Checkpoint folder, with splats."""
-    text: Path
-    """UTF-8 file of documents that the model has not been trained on."""
+    """Checkpoint folder, with splats or without."""
+    text: tuple[Path, ...]
+    """Files of documents that the model has not been trained on: UTF-8 text, .jsonl or .parquet, .gz as well."""
     task: Literal["perplexity", "passkey"] = "perplexity"
     """Predict the text; or find a number hidden in it, at 1, 2, 4 and 8 times the training length."""
     window: int | Literal["all"] | None = None
@@ -61,7 +64,7 @@ class Eval(Command):
         options = self._options()
         with new_file(self.json) if self.json else contextlib.nullcontext() as staging:
             run_task = evaluate_passkey if self.task == "passkey" else evaluate
-            found = run_task(self.checkpoint, self.text, **options)
+            found = run_task(self.checkpoint, self.text_files(), **options)
             if staging is not None:
                 staging.write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
         if isinstance(found, Passkey):
@@ -91,16 +94,19 @@ class Eval(Command):
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:
+    splats = evaluation.splats
+    layers = ", ".join(map(str, evaluation.layers))
+    has = "without splats" if splats is None else f"{describe(splats)} in layers {layers}"
     print_table(
-        f"{evaluation.checkpoint}: {describe(evaluation.splats)} in layers {', '.join(map(str, evaluation.layers))}",
+        f"{evaluation.checkpoint}: {has}",
         ["model", "cross-entropy", "perplexity", "bits/byte", "ratio to exact"],
         [
             [
                 arm.name,
                 f"{arm.cross_entropy.value:.4f}",
-                _show(arm.perplexity, 3),
+                arm.perplexity.shown(3),
                 f"{arm.bits_per_byte.value:.4f}",
-                _show(arm.perplexity_ratio, 4),
+                arm.perplexity_ratio.shown(4),
             ]
             for arm in evaluation.arms
         ],
@@ -123,18 +129,20 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         print(note)
     documents = "1 document" if evaluation.documents == 1 else f"{evaluation.documents:,} documents"
     print(f"{documents}, {evaluation.tokens:,} tokens, {evaluation.bytes:,} bytes; context {evaluation.context}")
+    if splats is None:
+        return
     print(f"splat layers remember {evaluation.state_bytes:,} bytes of a text of any length")
     gaps = {
         "window-only": (
             evaluation.gap_closed,
-            "splats and kept keys close" if evaluation.splats.keeps else "splats close",
+            "splats and kept keys close" if splats.keeps else "splats close",
         ),
         "without-splats": (evaluation.closed_by_splats, "splats close"),
         "without-kept": (evaluation.closed_by_kept, "kept keys close"),
     }
     for arm, (share, what) in gaps.items():
         if share is not None:
-            print(f"share of the gap from {arm} to exact that {what}: {_show(share, 3)}")
+            print(f"share of the gap from {arm} to exact that {what}: {share.shown(3)}")
         elif arm in names:
             print(f"{arm} is no worse than exact: there is no gap to close")
 
@@ -147,9 +155,9 @@ def _print_passkey(passkey: Passkey) -> None:
             [
                 f"{row.length:,} ({row.multiple}x)",
                 arm.name,
-                _show(arm.chosen, 3),
-                _show(arm.said, 3),
-                _show(arm.margin, 3),
+                arm.chosen.shown(3),
+                arm.said.shown(3),
+                arm.margin.shown(3),
             ]
             for row in passkey.rows
             for arm in row.arms
@@ -158,11 +166,3 @@ def _print_passkey(passkey: Passkey) -> None:
     for note in passkey.notes:
         print(note)
     print(f"{passkey.items} items of each length; by chance {1 / passkey.candidates:.3f} of them are chosen rightly")
-
-
-def _show(estimate: Estimate, digits: int) -> str:
-    shown = f"{estimate.value:z.{digits}f}"
-    if estimate.interval is None:
-        return shown
-    low, high = estimate.interval
-    return f"{shown} [{low:z.{digits}f}, {high:z.{digits}f}]"

@@ -15,23 +15,22 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from gsa_jax.cli.base import Command, SplatCommand, describe, print_table, progress, status
+from gsa_jax.cli.base import SplatCommand, TextCommand, print_table, progress, status
 from gsa_jax.errors import InputError
+from gsa_jax.splat_config import describe
 
 if TYPE_CHECKING:
-    from gsa_jax.config import SplatConfig
+    from gsa_jax.splat_config import SplatConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FitInit(SplatCommand):
+class FitInit(SplatCommand, TextCommand):
     """Start splats where the queries and keys of a model are."""
 
     checkpoint: tyro.conf.Positional[Path]
     """Checkpoint folder, with splats, which are replaced, or without."""
     out: tyro.conf.Positional[Path]
     """Checkpoint folder to make."""
-    text: Path
-    """UTF-8 file of documents to calibrate on."""
     seed: int = 0
     """Of the clustering and of the tokens that are looked at."""
     state_budget: str | None = None
@@ -59,7 +58,7 @@ class FitInit(SplatCommand):
         report = (fit_importance_anew if self.only_importance else fit_init)(
             self.checkpoint,
             self.out,
-            self.text,
+            self.text_files(),
             splats=splats,
             seed=self.seed,
             progress=lambda layers: progress(layers, "fitting layers"),
@@ -111,7 +110,7 @@ class FitInit(SplatCommand):
         assert splats is not None, "there is a default"
         found = spend(
             self.checkpoint,
-            self.text,
+            self.text_files(),
             budget,
             splats=splats,
             seed=self.seed,
@@ -159,13 +158,11 @@ def parse_bytes(text: str) -> int:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Diagnose(Command):
+class Diagnose(TextCommand):
     """Show how the splats of a checkpoint are doing, head by head."""
 
     checkpoint: tyro.conf.Positional[Path]
     """Checkpoint folder."""
-    text: Path
-    """UTF-8 file of documents to measure on."""
     window: int | Literal["all"] | None = None
     """Tokens seen exactly; as the checkpoint says by default."""
     kept: int | None = None
@@ -178,7 +175,7 @@ class Diagnose(Command):
         from gsa_jax.fitting import diagnose
 
         with status("measuring"), new_file(self.json) if self.json else contextlib.nullcontext() as staging:
-            diagnostics = diagnose(self.checkpoint, self.text, window=self.window, kept=self.kept)
+            diagnostics = diagnose(self.checkpoint, self.text_files(), window=self.window, kept=self.kept)
             if staging is not None:
                 staging.write_text(json.dumps(diagnostics.to_json(), indent=2) + "\n", encoding="utf-8")
         print_table(

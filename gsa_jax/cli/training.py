@@ -9,18 +9,19 @@ import dataclasses
 import datetime
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gsa_jax.cli.base import Command, print_table, status
+from gsa_jax.cli.base import Command, print_table, progress, status
 from gsa_jax.errors import InputError, first_line
 from gsa_jax.train.config import PRESETS, TrainConfig
 
 if TYPE_CHECKING:
+    from gsa_jax.progress import Progress
     from gsa_jax.train.compiled import StepReport
     from gsa_jax.train.metrics import Record
 
@@ -59,18 +60,29 @@ class Tokenize(Command):
 
     checkpoint: tyro.conf.Positional[Path]
     """Folder with the configuration and the tokenizer of a model."""
-    text: tyro.conf.Positional[Path]
-    """UTF-8 file of documents."""
-    out: tyro.conf.Positional[Path]
-    """File to make; its name ends in .bin."""
+    files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT [TEXT ...] OUT.bin")]
+    """Files of documents: UTF-8 text, .jsonl or .parquet, the first two also gzipped (.gz); then the file to make."""
+    text_field: str = "text"
+    """Field of .jsonl and .parquet files that holds the text."""
 
     def run(self) -> int:
-        from gsa_jax.checkpoint import CONFIG_FILE, load_tokenizer
+        from gsa_jax.checkpoint import CONFIG_FILE, open_tokenizer
         from gsa_jax.config import read_config
+        from gsa_jax.text_files import TextFiles
         from gsa_jax.train.data import write_tokens
 
+        if len(self.files) < 2:
+            raise InputError("tokenize takes a checkpoint, files of text and, last, the file to make")
+        *text, out = self.files
         config = read_config(self.checkpoint / CONFIG_FILE)
-        print(f"{write_tokens(self.text, self.out, load_tokenizer(self.checkpoint), config):,} tokens")
+        tokens = write_tokens(
+            TextFiles(tuple(text), self.text_field),
+            out,
+            open_tokenizer(self.checkpoint),
+            config,
+            progress=lambda names: progress(names, "tokenising"),
+        )
+        print(f"{tokens:,} tokens")
         return 0
 
 
@@ -108,8 +120,8 @@ class Train(Command):
 
         from gsa_jax.train.loop import train
 
-        with _display(self.config.steps) as report:
-            outcome = train(self.config, report=report)
+        with _display(self.config.steps) as (report, reading):
+            outcome = train(self.config, report=report, progress=reading)
         if jax.process_index():
             return 0
         if self.plot:
@@ -140,17 +152,29 @@ class Train(Command):
 
 
 @contextmanager
-def _display(steps: int) -> Iterator[Callable[[Record], None]]:
-    """Shows records as they come: a bar with loss, speed and time left on a terminal, else a line now and then."""
+def _display(steps: int) -> Iterator[tuple[Callable[[Record], None], Progress]]:
+    """Shows records as they come: a bar with loss, speed and time left on a terminal, else a line now and then.
+
+    Gives the function to report records to, and the progress of tokenising, which has a bar of its own before.
+    """
     import jax
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
     shown_at = 0.0
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("training", total=steps, told="")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
+    with Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("training", total=steps, told="", visible=False)
+
+        def reading(names: Iterable[str]) -> Iterator[str]:
+            names = list(names)
+            text = bar.add_task("tokenising", total=len(names), told="")
+            for name in names:
+                yield name
+                bar.advance(text)
+            bar.remove_task(text)
 
         def report(record: Record) -> None:
             nonlocal shown_at
@@ -160,13 +184,13 @@ def _display(steps: int) -> Iterator[Callable[[Record], None]]:
                 bar.print(_told(record), highlight=False) if console.is_terminal else print(_told(record), flush=True)
                 return
             told = f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s"
-            bar.update(task, completed=record["step"], told=told)
+            bar.update(task, visible=True, completed=record["step"], told=told)
             if not console.is_terminal and time.monotonic() - shown_at > _SECONDS_BETWEEN_LINES:
                 shown_at = time.monotonic()
                 left = datetime.timedelta(seconds=round((steps - record["step"]) * record["seconds_per_step"]))
                 print(f"step {record['step']:,} of {steps:,}: {told}, {left} left", flush=True)
 
-        yield report
+        yield report, reading
 
 
 def _told(record: Record) -> str:

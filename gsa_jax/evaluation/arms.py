@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from gsa_jax.checkpoint import load_tensors, load_tokenizer
-from gsa_jax.config import GPTNeoConfig, Window
+from gsa_jax.checkpoint import load_tensors, open_tokenizer
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.parameters import PositionExtension, attention_tensor, expected_shapes, extend_positions
+from gsa_jax.splat_config import Window
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from gsa_jax.tokenizer import Tokenizer
 
 ARMS = ("exact", "hybrid", "without-splats", "without-kept", "window-only", "none")
 """What splat layers see: all keys exactly; keys as configured; window and kept keys; window and splats; the window
@@ -43,8 +44,10 @@ def load_arms(
     max_positions: int | None = None,
     position_extension: PositionExtension = "interpolate",
     reference: str | Path | None = None,
-) -> tuple[dict[str, Arm], PreTrainedTokenizerBase, int]:
-    """The arms of a checkpoint with splats, its tokenizer, and how many positions it has as stored.
+) -> tuple[dict[str, Arm], Tokenizer, int]:
+    """The arms of a checkpoint, its tokenizer, and how many positions it has as stored.
+
+    A checkpoint without splats has one arm, the exact one.
 
     Args:
         window: tokens that splat layers attend to exactly; as stored if None.
@@ -55,14 +58,14 @@ def load_arms(
             it has any, are not used. The checkpoint's own exact model if None.
 
     Raises:
-        InputError: a checkpoint or tokenizer cannot be used; there are no splats; the window is `"all"`; the positions
-            are fewer than the checkpoint's; or the reference has another vocabulary.
+        InputError: a checkpoint or tokenizer cannot be used; there are no splats to compare a reference with; the
+            window is `"all"`; the positions are fewer than the checkpoint's; or the reference has another vocabulary.
     """
     stored, tensors = load_tensors(folder)
     config = stored.with_window(window, kept)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     exact = None if reference is None else load_tensors(reference)
-    if reference is not None and load_tokenizer(reference).get_vocab() != tokenizer.get_vocab():
+    if reference is not None and open_tokenizer(reference).get_vocab() != tokenizer.get_vocab():
         raise InputError(
             f"{reference}: its tokenizer has another vocabulary than that of {folder}; give a reference "
             "with the same one"
@@ -71,6 +74,8 @@ def load_arms(
         config, tensors = extend_positions(config, tensors, max_positions, position_extension)
         if exact is not None and exact[0].max_position_embeddings < max_positions:
             exact = extend_positions(*exact, max_positions, position_extension)
+    if config.splats is None and exact is None:
+        return {"exact": (config, tensors)}, tokenizer, stored.max_position_embeddings
     return make_arms(config, tensors, exact), tokenizer, stored.max_position_embeddings
 
 

@@ -23,16 +23,18 @@ import scipy.stats
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.config import GPTNeoConfig, SplatConfig, Window
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.evaluation.arms import Arm, left_out, load_arms, rows_at_once
 from gsa_jax.evaluation.intervals import Estimate
 from gsa_jax.parameters import PositionExtension, build_model
 from gsa_jax.progress import Progress
+from gsa_jax.splat_config import SplatConfig, Window
 from gsa_jax.text import document_tokens, read_documents
+from gsa_jax.text_files import Text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from gsa_jax.tokenizer import Tokenizer
 
 MULTIPLES = (1, 2, 4, 8)
 """Of the training length: how long the items are."""
@@ -131,7 +133,7 @@ class Items:
 
 def evaluate_passkey(
     folder: str | Path,
-    text: str | Path,
+    text: Text,
     *,
     window: Window | None = None,
     kept: int | None = None,
@@ -149,7 +151,7 @@ def evaluate_passkey(
     Intervals are 95 % ones: Wilson's for shares, Student's for the mean of the margin in `CANDIDATES` items.
 
     Args:
-        text: UTF-8 file of documents, as `gsa_jax.text` reads them, to hide numbers in.
+        text: documents, as `gsa_jax.text_files` reads them, to hide numbers in.
         context: the training length, of which items are multiples; all positions of the stored checkpoint if None.
         max_documents: the first so many; all if None.
         items: of each length; a multiple of `CANDIDATES`.
@@ -175,6 +177,8 @@ def evaluate_passkey(
         position_extension=position_extension,
         reference=reference,
     )
+    if "hybrid" not in arms:
+        raise InputError(f"{folder}: has no splats to ask for what lies far back; attach and fit them: gsa fit-init")
     config, _ = arms["hybrid"]
     splats = config.splats
     assert splats is not None and splats.window != "all", "load_arms refuses the other ones"
@@ -188,7 +192,7 @@ def evaluate_passkey(
     notes = [*left_out(config)]
     if too_long:
         notes.append(f"left out: {', '.join(too_long)}; {remedy} {max(lengths.values())}")
-    documents = read_documents(text)[:max_documents]
+    documents = read_documents(text, max_documents)
     by_length = {
         multiple: make_items(documents, tokenizer, config, length, items) for multiple, length in fitting.items()
     }
@@ -209,9 +213,7 @@ def evaluate_passkey(
     )
 
 
-def make_items(
-    documents: list[str], tokenizer: PreTrainedTokenizerBase, config: GPTNeoConfig, length: int, count: int
-) -> Items:
+def make_items(documents: list[str], tokenizer: Tokenizer, config: GPTNeoConfig, length: int, count: int) -> Items:
     """Draws `count` items of `length` tokens, start token and key included; the same ones each time.
 
     The text is cut out of the documents somewhere, so that it ends with a sentence. The depth of the key is uniform,
@@ -249,9 +251,7 @@ def make_items(
     return Items(np.array(prompts, np.int32), keys.astype(np.int32), told, np.array(depths))
 
 
-def _keys(
-    tokenizer: PreTrainedTokenizerBase, config: GPTNeoConfig, draws: np.random.Generator
-) -> Int[np.ndarray, "K k"]:
+def _keys(tokenizer: Tokenizer, config: GPTNeoConfig, draws: np.random.Generator) -> Int[np.ndarray, "K k"]:
     """Tokens of different random numbers, all with the number of tokens that is the most frequent one."""
     numbers = draws.choice(np.arange(10_000, 100_000), _NUMBERS, replace=False)
     rows = [row[1:] for row in document_tokens([f" {number}" for number in numbers], tokenizer, config)]

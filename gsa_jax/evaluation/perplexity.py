@@ -18,7 +18,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.attention import state_bytes
-from gsa_jax.config import SplatConfig, Window
 from gsa_jax.errors import InputError
 from gsa_jax.evaluation.arms import Arm, left_out, load_arms, rows_at_once
 from gsa_jax.evaluation.intervals import Estimate, bucket_firsts, estimates, sum_by_document
@@ -26,7 +25,9 @@ from gsa_jax.loss import Head, blockwise_next_token_losses
 from gsa_jax.parameters import PositionExtension, build_model
 from gsa_jax.progress import Progress
 from gsa_jax.sharding import whole_on_host
+from gsa_jax.splat_config import SplatConfig, Window
 from gsa_jax.text import TextRows, read_documents, text_rows
+from gsa_jax.text_files import Text
 
 _SHORTEST = 64
 """Tokens; no row of text is padded to less."""
@@ -81,7 +82,7 @@ class Evaluation:
         notes: which arms are left out, and why.
         tokens: predicted ones; each token of the text is, once.
         bytes: of the text in UTF-8.
-        splats: what the hybrid has in its layers.
+        splats: what the hybrid has in its layers; None if there is only the exact model.
         layers: that have splats.
         state_bytes: of what those layers remember of one text, in float32, however long it is.
     """
@@ -98,14 +99,14 @@ class Evaluation:
     tokens: int
     bytes: int
     context: int
-    splats: SplatConfig
+    splats: SplatConfig | None
     layers: tuple[int, ...]
     state_bytes: int
 
 
 def evaluate(
     folder: str | Path,
-    text: str | Path,
+    text: Text,
     *,
     window: Window | None = None,
     kept: int | None = None,
@@ -117,10 +118,10 @@ def evaluate(
     reference: str | Path | None = None,
     progress: Progress = iter,
 ) -> Evaluation:
-    """Scores a checkpoint with splats and its controls on a text, in float32.
+    """Scores a checkpoint with splats and its controls on a text, in float32; one without splats alone.
 
     Args:
-        text: UTF-8 file of documents, as `gsa_jax.text` reads them.
+        text: documents, as `gsa_jax.text_files` reads them.
         context: tokens of a row of text; all that the model has positions for if None.
         max_documents: the first so many; all if None.
         batch_size: rows of text that run together, at most.
@@ -142,8 +143,8 @@ def evaluate(
         position_extension=position_extension,
         reference=reference,
     )
-    documents = read_documents(text)[:max_documents]
-    rows = text_rows(documents, tokenizer, arms["hybrid"][0], context)
+    documents = read_documents(text, max_documents)
+    rows = text_rows(documents, tokenizer, next(iter(arms.values()))[0], context)
     return score_arms(
         arms, documents, rows, checkpoint=str(folder), text=str(text), batch_size=batch_size, progress=progress
     )
@@ -166,7 +167,7 @@ def score_arms(
     with that configuration and these tensors.
 
     Args:
-        arms: of `make_arms`.
+        arms: of `make_arms`, or an exact model alone, as `"exact"`.
         rows: of the documents.
         checkpoint: what the result says was scored.
         text: what the result says it was scored on.
@@ -176,9 +177,9 @@ def score_arms(
     Raises:
         InputError: a model's losses are not finite.
     """
-    config, _ = arms["hybrid"]
+    config, _ = arms.get("hybrid", arms["exact"])
     splats = config.splats
-    assert splats is not None and splats.window != "all", "make_arms refuses the other ones"
+    assert splats is None or splats.window != "all", "make_arms refuses the other ones"
     sums = sum_by_document(documents, rows, _losses(arms, rows, batch_size, progress))
     found = estimates(sums)
     length = rows.input_ids.shape[1]
@@ -212,14 +213,14 @@ def score_arms(
         gap_closed=found.get(("gap_closed", "window-only")),
         closed_by_splats=found.get(("gap_closed", "without-splats")),
         closed_by_kept=found.get(("gap_closed", "without-kept")),
-        notes=left_out(config),
+        notes=() if splats is None else left_out(config),
         documents=len(documents),
         tokens=int(sums.tokens.sum()),
         bytes=int(sums.size.sum()),
         context=length,
         splats=splats,
         layers=config.splat_layers,
-        state_bytes=state_bytes(config),
+        state_bytes=0 if splats is None else state_bytes(config),
     )
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from gsa_jax.attention import state_bytes
 from gsa_jax.checkpoint import load_tensors
-from gsa_jax.config import GPTNeoConfig, LayerSplats, SplatConfig
+from gsa_jax.config import GPTNeoConfig, require_seed
 from gsa_jax.errors import InputError
 from gsa_jax.evaluation.perplexity import cross_entropy
 from gsa_jax.fitting.placing import fit_layer, fit_layers, splat_tensors
@@ -39,7 +39,9 @@ from gsa_jax.fitting.statistics import (
 )
 from gsa_jax.parameters import attention_tensor, build_model, expected_shapes, without_splats
 from gsa_jax.progress import Progress
+from gsa_jax.splat_config import LayerSplats, SplatConfig
 from gsa_jax.text import TextRows
+from gsa_jax.text_files import Text
 
 SPLATS = (0, 8, 16, 32, 64, 128)
 WINDOWS = (4, 8, 16, 32, 64, 128, 256)
@@ -104,7 +106,7 @@ class Budget:
 
 def spend(
     folder: str | Path,
-    text: str | Path,
+    text: Text,
     budget: int,
     *,
     splats: SplatConfig,
@@ -114,7 +116,7 @@ def spend(
     """Chooses splats, windows and kept keys for the layers of a checkpoint within a number of bytes.
 
     Args:
-        text: UTF-8 file of documents to calibrate on.
+        text: documents to calibrate on, as `gsa_jax.text_files` reads them.
         budget: bytes of state of one text, float32, over all layers with splats.
         splats: which layers have splats, and with which terms; its numbers do not matter.
         seed: of clusters and rows.
@@ -123,6 +125,7 @@ def spend(
     Raises:
         InputError: the budget is too small for a splat in each layer, or the checkpoint or the text cannot be used.
     """
+    require_seed(seed)
     stored, tensors = load_tensors(folder)
     config = with_choice(stored, splats, [_PRICED])
     layers = config.splat_layers
@@ -132,7 +135,7 @@ def spend(
         raise InputError(
             f"state budget = {budget:,} bytes: too small for splats in {len(layers)} layers; give at least {least:,}"
         )
-    ids, mask = calibration_tokens(Path(folder), Path(text), config, 2 * _TOKENS)
+    ids, mask = calibration_tokens(Path(folder), text, config, 2 * _TOKENS)
     half = int(np.searchsorted(np.cumsum(mask.sum(axis=1)), mask.sum() // 2)) + 1
     chosen_by, held_out = (
         TextRows(ids[part], mask[part], np.arange(len(ids))[part]) for part in (slice(half), slice(half, None))

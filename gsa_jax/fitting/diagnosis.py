@@ -19,8 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.attention import GSASelfAttention
-from gsa_jax.checkpoint import load_tensors, load_tokenizer
-from gsa_jax.config import LayerSplats, SplatConfig, Window
+from gsa_jax.checkpoint import load_tensors, open_tokenizer
 from gsa_jax.errors import InputError
 from gsa_jax.fitting.statistics import (
     calibration_tokens,
@@ -39,6 +38,8 @@ from gsa_jax.ops import Splats
 from gsa_jax.ops.kept import importance
 from gsa_jax.ops.reference import most_important
 from gsa_jax.parameters import build_model, named_parameters, without_splats
+from gsa_jax.splat_config import LayerSplats, SplatConfig, Window
+from gsa_jax.text_files import Text
 
 _SEED = 0
 
@@ -123,7 +124,7 @@ class Diagnostics:
 
 def diagnose(
     folder: str | Path,
-    text: str | Path,
+    text: Text,
     *,
     window: Window | None = None,
     kept: int | None = None,
@@ -142,9 +143,11 @@ def diagnose(
     """
     config, tensors = load_tensors(folder)
     config = config.with_window(window, kept)
-    input_ids, mask = calibration_tokens(Path(folder), Path(text), config, tokens)
-    pieces: Any = load_tokenizer(folder).convert_ids_to_tokens
-    words = [words_of(pieces(row[valid].tolist())) for row, valid in zip(input_ids, mask, strict=True)]
+    input_ids, mask = calibration_tokens(Path(folder), text, config, tokens)
+    pieces = {number: piece for piece, number in open_tokenizer(folder).get_vocab().items()}
+    words = [
+        words_of([pieces[number] for number in row[valid].tolist()]) for row, valid in zip(input_ids, mask, strict=True)
+    ]
     return diagnose_model(build_model(config, tensors), input_ids, mask, words)
 
 

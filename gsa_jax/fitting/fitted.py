@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool
 
 from gsa_jax.attention import GSASelfAttention
-from gsa_jax.checkpoint import REPORT_FILE, load_tensors, save, tokenizer_files
-from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig, SplatConfig
+from gsa_jax.checkpoint import load_tensors, save, travelling_files
+from gsa_jax.config import GPTNeoConfig, require_seed
 from gsa_jax.errors import InputError
 from gsa_jax.files import refuse_existing
 from gsa_jax.fitting.importance import HeadImportance
@@ -23,6 +23,8 @@ from gsa_jax.fitting.statistics import calibration_tokens, projections
 from gsa_jax.ops import no_splats
 from gsa_jax.parameters import attention_tensor, build_model, expected_shapes, is_splat, without_splats
 from gsa_jax.progress import Progress
+from gsa_jax.splat_config import SPLAT_PRESETS, SplatConfig
+from gsa_jax.text_files import Text, TextFiles, as_text_files
 
 FIT_REPORT_FILE = "fit_init.json"
 
@@ -46,7 +48,7 @@ class FitReport:
 def fit_init(
     folder: str | Path,
     out: str | Path,
-    text: str | Path,
+    text: Text,
     *,
     splats: SplatConfig | None = None,
     seed: int = 0,
@@ -71,17 +73,18 @@ def fit_init(
     Args:
         folder: a checkpoint, with splats, which are replaced, or without.
         out: the checkpoint folder to make; must not exist.
-        text: UTF-8 file of documents, as `gsa_jax.text` reads them.
+        text: documents, as `gsa_jax.text_files` reads them.
         splats: what to attach; as the checkpoint has them if None, or the preset `hybrid` if it has none.
-        seed: of the clusters and of the rows that are looked at; the same seed gives the same bits.
+        seed: in [0, 2**32), of the clusters and of the rows that are looked at; the same seed gives the same bits.
         tokens: of the text to use, rounded up to whole rows.
         progress: wraps the names of the layers.
 
     Raises:
         InputError: the checkpoint or the text cannot be used, or the output cannot be written. Nothing is left behind.
     """
-    folder, out, text = Path(folder), Path(out), Path(text)
+    folder, out, text = Path(folder), Path(out), as_text_files(text)
     refuse_existing(out)
+    require_seed(seed)
     stored, tensors = load_tensors(folder)
     config = dataclasses.replace(stored, splats=splats or default_splats(stored))
     assert config.splats is not None
@@ -104,7 +107,7 @@ def fit_init(
 def fit_importance_anew(
     folder: str | Path,
     out: str | Path,
-    text: str | Path,
+    text: Text,
     *,
     splats: SplatConfig | None = None,
     seed: int = 0,
@@ -125,8 +128,9 @@ def fit_importance_anew(
     Raises:
         InputError: as `fit_init`; or the checkpoint has no splats, keeps no keys, or has others than `splats` says.
     """
-    folder, out, text = Path(folder), Path(out), Path(text)
+    folder, out, text = Path(folder), Path(out), as_text_files(text)
     refuse_existing(out)
+    require_seed(seed)
     stored, tensors = load_tensors(folder)
     splats = splats or stored.splats
     if splats is None or stored.splats is None:
@@ -167,7 +171,7 @@ def default_splats(config: GPTNeoConfig) -> SplatConfig:
 def _saved(
     folder: Path,
     out: Path,
-    text: Path,
+    text: TextFiles,
     config: GPTNeoConfig,
     weights: dict[str, np.ndarray],
     fitted: dict[str, np.ndarray],
@@ -180,7 +184,6 @@ def _saved(
     assert config.splats is not None
     fitted = {name: fitted[name] for name in expected_shapes(config) if is_splat(name)}
     report = FitReport(text.name, int(mask.sum()), seed, config.splats, tuple(heads), tuple(importances))
-    conversion = [folder / REPORT_FILE] if (folder / REPORT_FILE).is_file() else []
     reports = {FIT_REPORT_FILE: dataclasses.asdict(report)}
-    save(out, config, weights | fitted, copied=[*tokenizer_files(folder), *conversion], reports=reports)
+    save(out, config, weights | fitted, copied=travelling_files(folder), reports=reports)
     return report

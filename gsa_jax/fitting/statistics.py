@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, no_type_check
@@ -18,8 +19,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.checkpoint import load_tokenizer
-from gsa_jax.config import GPTNeoConfig, Window
+from gsa_jax.checkpoint import open_tokenizer
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.ops import Splats, no_splats
@@ -27,7 +28,9 @@ from gsa_jax.ops.kept import importance
 from gsa_jax.ops.reference import most_important
 from gsa_jax.ops.segments import positions_from_mask
 from gsa_jax.ops.state import key_features, query_features
-from gsa_jax.text import read_documents, text_rows
+from gsa_jax.splat_config import Window
+from gsa_jax.text import iterate_documents, text_rows
+from gsa_jax.text_files import Text
 
 _SEQUENCES = 16
 _ROWS_PER_SEQUENCE = 32
@@ -36,17 +39,17 @@ _DEAD_SHARE = 0.01
 
 
 def calibration_tokens(
-    folder: Path, text: Path, config: GPTNeoConfig, tokens: int
+    folder: Path, text: Text, config: GPTNeoConfig, tokens: int
 ) -> tuple[Int[np.ndarray, "N T"], Bool[np.ndarray, "N T"]]:
     """Ids and mask, right-padded, of the first rows of a text that hold `tokens` tokens together, or of all rows.
 
     Raises:
         InputError: the text or the checkpoint's tokenizer cannot be read.
     """
-    documents, tokenizer = read_documents(text), load_tokenizer(folder)
+    documents, tokenizer = iterate_documents(text), open_tokenizer(folder)
     parts, found = [], 0
-    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-        parts.append(text_rows(documents[start : start + _DOCUMENTS_AT_ONCE], tokenizer, config))
+    while some := list(itertools.islice(documents, _DOCUMENTS_AT_ONCE)):
+        parts.append(text_rows(some, tokenizer, config))
         found += int(parts[-1].attention_mask.sum())
         if found >= tokens:
             break

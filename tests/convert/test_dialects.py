@@ -78,7 +78,7 @@ def test_a_dialect_there_and_back(tmp_path, dialect, dtype):
     assert all(report.ignored.values())
     assert json.loads((tmp_path / "checkpoint" / "conversion.json").read_text())["ignored"] == report.ignored
 
-    exported = export(tmp_path / "checkpoint", tmp_path / "exported")
+    exported = export(tmp_path / "checkpoint", tmp_path / "exported", exact=True)
     assert exported.dialect == report.dialect
     assert_same_tensors(read_safetensors(tmp_path / "exported"), tensors | splats)
 
@@ -101,7 +101,7 @@ def test_amplitudes_are_a_softmax_over_splats(tmp_path, dtype):
         expected = torch.softmax(tensor.double(), dim=-1).numpy()
         np.testing.assert_allclose(np.exp(found.astype(np.float64)), expected, rtol=2 * torch.finfo(dtype).eps)
     assert_same_tensors(got, tensors | ours(splats, GSA))
-    export(tmp_path / "checkpoint", tmp_path / "exported")
+    export(tmp_path / "checkpoint", tmp_path / "exported", exact=True)
     convert(tmp_path / "exported", tmp_path / "again")
     again_config, again = load_tensors(tmp_path / "again")
     assert again_config == config
@@ -132,13 +132,13 @@ def test_splats_behind_a_wrapper_in_a_base_model(tmp_path):
     everything = tiny_tensors() | splat_tensors(UNUSED)
     state = {"_orig_mod.module." + name.removeprefix("transformer."): tensor for name, tensor in everything.items()}
     convert(write_bin_folder(tmp_path / "source", state), tmp_path / "checkpoint")
-    export(tmp_path / "checkpoint", tmp_path / "exported")
+    export(tmp_path / "checkpoint", tmp_path / "exported", exact=True)
     assert_same_tensors(read_safetensors(tmp_path / "exported"), everything)
 
 
 def test_attached_splats_are_exported_as_gsa(tmp_path):
     convert(write_folder(tmp_path / "source"), tmp_path / "checkpoint", splats=SplatConfig(num_splats=2, layers="all"))
-    assert export(tmp_path / "checkpoint", tmp_path / "exported").dialect == "gsa"
+    assert export(tmp_path / "checkpoint", tmp_path / "exported", exact=True).dialect == "gsa"
     expected = {ATTENTION.format(layer) + leaf for layer in range(NUM_LAYERS) for leaf in GSA.values()}
     assert set(read_safetensors(tmp_path / "exported")) == set(tiny_tensors()) | expected
 

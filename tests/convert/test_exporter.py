@@ -1,5 +1,6 @@
 """Export: what Hugging Face loads from it is the model that was converted, bit for bit."""
 
+import json
 import os
 import subprocess
 import sys
@@ -50,9 +51,10 @@ def hf_loaded(folder: Path) -> tuple[GPTNeoForCausalLM, dict]:
 
 
 def there_and_back(source: Path, **options) -> Path:
+    """Exported as the exact model, whether there are splats or not."""
     checkpoint, exported = source.parent / f"{source.name} checkpoint", source.parent / f"{source.name} exported"
     convert(source, checkpoint, **options)
-    export(checkpoint, exported)
+    export(checkpoint, exported, exact=True)
     return exported
 
 
@@ -90,7 +92,7 @@ def test_transformers_5_computes_what_4_computes_from_the_source(tmp_path, story
     half = write_folder(tmp_path / "half", tiny_tensors(torch.float16))
     splats = splat_tensors(UNUSED)
     with_splats = write_folder(tmp_path / "splats", tiny_tensors() | splats)
-    export(story_checkpoint, tmp_path / "story exported")
+    export(story_checkpoint, tmp_path / "story exported", exact=True)
     sources = [half, with_splats, story_neo]
     exported = [there_and_back(half), there_and_back(with_splats), tmp_path / "story exported"]
     ids = random_ids(1, 2, 40)
@@ -135,6 +137,24 @@ def test_the_configuration_survives(tmp_path):
     assert load_tensors(tmp_path / "again")[0] == load_tensors(tmp_path / "source checkpoint")[0]
 
 
+def test_fields_that_have_no_meaning_here_survive(tmp_path):
+    fields = {
+        "pad_token_id": 0,
+        "task_specific_params": {"text-generation": {"do_sample": True}},
+        "use_cache": False,
+        "classifier_dropout": 0.25,
+        "id2label": {"0": "yes"},
+        "of_our_own": [1, {"two": None}],
+    }
+    exported = there_and_back(write_folder(tmp_path / "source", config=tiny_config(eos_token_id=[0, 3], **fields)))
+    assert fields.items() <= json.loads((exported / "config.json").read_text()).items()
+    config = hf_loaded(exported)[0].config
+    assert (config.pad_token_id, config.of_our_own, config.eos_token_id) == (0, [1, {"two": None}], [0, 3])
+    convert(exported, tmp_path / "again")
+    again = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("source checkpoint", "again")]
+    assert again[0] == again[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_transformers_learns_the_dtype(tmp_path, dtype):
     exported = there_and_back(write_folder(tmp_path / "source", tiny_tensors(dtype)))
@@ -142,7 +162,7 @@ def test_transformers_learns_the_dtype(tmp_path, dtype):
 
 
 def test_the_tokenizer_goes_along(run_gsa, tmp_path, story_neo, story_checkpoint):
-    outcome = run_gsa("export", story_checkpoint, tmp_path / "exported")
+    outcome = run_gsa("export", story_checkpoint, tmp_path / "exported", "--exact")
     assert outcome.code == 0 and outcome.err == ""
     text = "The dragon and the baker\nlived in a tree."
     theirs, source = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "exported", story_neo))

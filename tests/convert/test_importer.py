@@ -1,14 +1,14 @@
 """Conversion: every way in which weights are stored and named arrives bit for bit, whole or not at all."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
-import requests
 import torch
 
 from gsa_jax import GPTNeoConfig, SplatConfig
@@ -88,11 +88,87 @@ def test_dtype_rounds_as_pytorch_does(tmp_path, dtype):
     assert {str(splat.dtype) for splat in splats.values()} == {dtype}
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "_orig_mod.module.", "module.model."])
-def test_wrappers_are_stripped(tmp_path, prefix):
+@pytest.mark.parametrize(
+    ("before", "inside"),
+    [
+        ("module.", ""),
+        ("_orig_mod.module.", ""),
+        ("module.model.", ""),
+        ("base_model.model.", ""),
+        ("_forward_module.", "_checkpoint_wrapped_module."),
+        ("_fsdp_wrapped_module.", "_fsdp_wrapped_module._checkpoint_wrapped_module."),
+        ("", "_orig_mod."),
+    ],
+)
+def test_wrappers_are_left_out_wherever_they_stand(run_gsa, tmp_path, before, inside):
     tensors = tiny_tensors()
-    source = write_bin_folder(tmp_path / "source", {prefix + name: tensor for name, tensor in tensors.items()})
-    assert_same_tensors(converted(source, tmp_path / "out"), tensors)
+    state = {before + re.sub(r"(\.h\.\d+\.)", rf"\1{inside}", name): tensor for name, tensor in tensors.items()}
+    assert len(state.keys() & tensors.keys()) < len(tensors)
+    outcome = run_gsa("convert", write_bin_folder(tmp_path / "source", state), tmp_path / "out")
+    assert outcome.code == 0 and outcome.err == ""
+    assert_same_tensors(load_tensors(tmp_path / "out")[1], tensors)
+    wrappers = {part for part in f"{before}{inside}".split(".") if part}
+    assert set(json.loads((tmp_path / "out" / "conversion.json").read_text())["wrappers"]) == wrappers
+    assert "wrappers left out" in outcome.out and all(wrapper in outcome.out for wrapper in wrappers)
+
+
+def test_what_stood_around_a_state_dict_is_said(run_gsa, tmp_path):
+    tensors = tiny_tensors()
+    content = {"model": {"module": tensors, "ema": None}, "optimizer": {"state": {}}, "step": 3}
+    outcome = run_gsa("convert", write_bin_folder(tmp_path / "source", content), tmp_path / "out")
+    assert outcome.code == 0 and "taken out of" in outcome.out
+    assert_same_tensors(load_tensors(tmp_path / "out")[1], tensors)
+    said = json.loads((tmp_path / "out" / "conversion.json").read_text())["containers"]
+    assert said == ["pytorch_model.bin: model.module; left behind: optimizer, step, ema"]
+
+
+def test_files_travel_or_are_named(run_gsa, tmp_path, story_neo):
+    source = write_folder(tmp_path / "source", tiny_tensors(vocab_size=1024), tiny_config(vocab_size=1024))
+    shutil.copyfile(story_neo / "tokenizer.json", source / "tokenizer.json")
+    travelling = ("spiece.model", "tokenizer.model", "vocab.txt", "chat_template.jinja", "generation_config.json")
+    for number, name in enumerate((*travelling, "optimizer.pt", "README.md", "merges.txt.bak")):
+        (source / name).write_text(f"{number}", encoding="utf-8")
+    for folder in ("additional_chat_templates", "runs"):
+        (source / folder).mkdir()
+        (source / folder / "rag.jinja").write_text("{{ messages }}", encoding="utf-8")
+    outcome = run_gsa("convert", source, tmp_path / "out")
+    assert outcome.code == 0
+    report = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert report["left_behind"] == ["README.md", "merges.txt.bak", "optimizer.pt", "runs/"]
+    assert "README.md, merges.txt.bak, optimizer.pt, runs/" in outcome.out
+    assert run_gsa("export", tmp_path / "out", tmp_path / "exported").code == 0
+    for folder in (tmp_path / "out", tmp_path / "exported"):
+        for name in (*travelling, "tokenizer.json", "additional_chat_templates/rag.jinja"):
+            assert (folder / name).read_bytes() == (source / name).read_bytes()
+    assert not (tmp_path / "exported" / "config.carried.json").exists()
+
+
+def test_a_tokenizer_from_another_folder(run_gsa, tmp_path, story_neo):
+    source = write_folder(tmp_path / "bare", tiny_tensors(vocab_size=1024), tiny_config(vocab_size=1024))
+    assert run_gsa("convert", source, tmp_path / "without").code == 0
+    run_gsa("generate", tmp_path / "without", "--prompt", "Once").assert_refused("no tokenizer", "--tokenizer FOLDER")
+    assert run_gsa("convert", source, tmp_path / "with", "--tokenizer", story_neo).code == 0
+    text = "Once upon a time"
+    assert load_tokenizer(tmp_path / "with").encode(text) == load_tokenizer(story_neo).encode(text)
+    assert not (tmp_path / "with" / "generation_config.json").exists()  # of another model
+    small = write_folder(tmp_path / "small")
+    outcome = run_gsa("convert", small, tmp_path / "no", "--tokenizer", story_neo)
+    outcome.assert_refused(story_neo, "1024 tokens, the model 97")
+    outcome = run_gsa("convert", story_neo, tmp_path / "no", "--tokenizer", story_neo)
+    outcome.assert_refused(story_neo, "has a tokenizer")
+    run_gsa("convert", source, tmp_path / "no", "--tokenizer", tmp_path).assert_refused(tmp_path, "no tokenizer in it")
+    assert not (tmp_path / "no").exists()
+
+
+def test_special_tokens_beyond_the_vocabulary_are_a_warning(run_gsa, tmp_path):
+    config = tiny_config(bos_token_id=50256, eos_token_id=[97, 3])
+    outcome = run_gsa("convert", write_folder(tmp_path / "source", config=config), tmp_path / "out")
+    assert outcome.code == 0
+    for words in ("bos_token_id = 50256 is beyond the vocabulary of 97 tokens", "eos_token_id = 97 is beyond"):
+        assert f"gsa: warning: {words}" in outcome.err
+    assert len(json.loads((tmp_path / "out" / "conversion.json").read_text())["warnings"]) == 2
+    got = load_tensors(tmp_path / "out")[0]
+    assert (got.bos_token_id, got.eos_token_id) == (50256, (97, 3))
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -173,6 +249,7 @@ def test_what_a_checkpoint_holds(story_neo, story_checkpoint):
         "config.json",
         "conversion.json",
         "weights",
+        "config.carried.json",
         *report["tokenizer"],
     }
 
@@ -225,39 +302,6 @@ def test_the_command_says_what_it_did(run_gsa, tmp_path):
     added = NUM_LAYERS * NUM_HEADS * 3 * (8 + 1)
     for words in (f"attached ({added} parameters)", "none in the source", buffer, "mask buffer"):
         assert words in outcome.out
-
-
-def test_a_hub_id_is_downloaded(run_gsa, tmp_path, monkeypatch):
-    snapshot, asked = write_folder(tmp_path / "snapshot"), []
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda repo, **options: asked.append(repo) or str(snapshot)
-    )
-    assert run_gsa("convert", "owner/name", tmp_path / "out").code == 0
-    assert asked == ["owner/name"]
-    assert_same_tensors(load_tensors(tmp_path / "out")[1], read_safetensors(snapshot))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        requests.ConnectionError("HTTPSConnectionPool: connection refused\nsecond line"),
-        huggingface_hub.errors.LocalEntryNotFoundError("cannot find the snapshot\nsecond line"),
-        huggingface_hub.errors.OfflineModeIsEnabled("offline mode is enabled"),
-        # Other versions of the client have another HTTP library, whose errors have no common base with those.
-        type("ConnectError", (Exception,), {})("connection refused"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_a_hub_that_does_not_answer(run_gsa, tmp_path, monkeypatch, error):
-    def refuse(repo, **options):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    outcome = run_gsa("convert", "owner/name", tmp_path / "out")
-    assert outcome.code == 2 and outcome.err.count("\n") == 1
-    assert "owner/name: no such folder, and not to be had from the hub" in outcome.err
-    assert str(error).splitlines()[0] in outcome.err
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

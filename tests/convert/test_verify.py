@@ -27,6 +27,24 @@ from helpers.texts import STORIES
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
+@pytest.mark.parity
+def test_sources_that_transformers_does_not_read_by_itself(tmp_path):
+    """Layers counted by another name, named one by one, and weights in a container behind a wrapper."""
+    named = {"attention_types": None, "attention_layers": ["global", "local"]}
+    for number, changes in enumerate(({"num_layers": None, "num_hidden_layers": 2}, named)):
+        source = write_folder(tmp_path / f"source {number}", config=tiny_config(**changes))
+        convert(source, tmp_path / f"out {number}")
+        comparisons = verify(source, tmp_path / f"out {number}")
+        assert comparisons and all(comparison.agrees for comparison in comparisons)
+        assert "configuration by our names" in comparisons[0].oracle
+    state = {f"_fsdp_wrapped_module.{name}": tensor for name, tensor in tiny_tensors().items()}
+    source = write_bin_folder(tmp_path / "container", {"model": state, "step": 3})
+    convert(source, tmp_path / "out")
+    comparisons = verify(source, tmp_path / "out")
+    assert comparisons and all(comparison.agrees for comparison in comparisons)
+    assert "weights by our names" in comparisons[0].oracle
+
+
 def altered(checkpoint: Path, out: Path, name: str, change) -> Path:
     config, tensors = load_tensors(checkpoint)
     tensors[name] = change(tensors[name])

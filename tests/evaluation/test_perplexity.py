@@ -14,12 +14,12 @@ from flax import nnx
 
 from gsa_jax import InputError, SplatConfig, load, load_tokenizer
 from gsa_jax.checkpoint import load_tensors, save, tokenizer_files
-from gsa_jax.config import OPTIONAL_TERMS
 from gsa_jax.convert import convert
 from gsa_jax.evaluation.arms import ARMS, make_arms
 from gsa_jax.evaluation.perplexity import Evaluation, evaluate
 from gsa_jax.fitting.fitted import fit_init
 from gsa_jax.parameters import build_model, expected_shapes
+from gsa_jax.splat_config import OPTIONAL_TERMS
 from helpers.texts import STORIES
 from helpers.tiny_checkpoints import SHAPE, tiny_folder
 
@@ -294,6 +294,28 @@ def test_the_command_leaves_nothing_behind(run_gsa, checkpoint: Path, tmp_path: 
     out.write_text("mine", encoding="utf-8")
     run_gsa("eval", checkpoint, "--text", tmp_path / "missing.txt", "--json", out).assert_refused(out, "exists already")
     assert out.read_text(encoding="utf-8") == "mine" and list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parity
+def test_without_splats_the_exact_model_is_measured_alone(run_gsa, story_neo: Path, tmp_path: Path) -> None:
+    """By PyTorch's word."""
+    import torch
+
+    convert(tiny_folder(tmp_path / "source", story_neo), tmp_path / "plain")
+    found = evaluate(tmp_path / "plain", STORIES, context=CONTEXT)
+    (arm,) = found.arms
+    assert arm.name == "exact" and arm.perplexity_ratio.value == 1
+    assert (found.splats, found.layers, found.state_bytes, found.gap_closed) == (None, (), 0, None)
+    with torch.no_grad():
+        expected = losses(lambda ids: torch_model("exact")(ids).logits.numpy(), tmp_path / "plain")
+    assert found.tokens == len(expected) and arm.cross_entropy.value == pytest.approx(expected[:, 0].mean(), abs=1e-5)
+    outcome = run_gsa("eval", tmp_path / "plain", "--text", STORIES, "--context", CONTEXT)
+    assert outcome.code == 0 and "plain: without splats" in " ".join(outcome.out.split())
+    assert f"{arm.perplexity.value:.3f} [" in outcome.out and "splat layers remember" not in outcome.out
+    asked = ("eval", tmp_path / "plain", "--text", STORIES)
+    run_gsa(*asked, "--task", "passkey").assert_refused("has no splats to ask")
+    run_gsa(*asked, "--window", 8).assert_refused("window = 8: the model has no splats")
+    run_gsa(*asked, "--reference", tmp_path / "plain").assert_refused("no splats to evaluate")
 
 
 @pytest.mark.parametrize("task", ["perplexity", "passkey"])

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from scipy.cluster.vq import kmeans2
 
-from gsa_jax.checkpoint import TOKENIZER_FILES, load, load_tensors, save, tokenizer_files
-from gsa_jax.config import SplatConfig
+from gsa_jax.checkpoint import OWN_FILES, TOKENIZER_FILES, load, load_tensors, save, tokenizer_files
 from gsa_jax.convert import convert
 from gsa_jax.errors import InputError
 from gsa_jax.fitting.fitted import FIT_REPORT_FILE, FitReport, fit_importance_anew, fit_init
@@ -21,6 +20,7 @@ from gsa_jax.fitting.kmeans import _lloyd_step, kmeans
 from gsa_jax.fitting.placing import ENTROPY_BAND
 from gsa_jax.fitting.statistics import RowSample, attended_midpoints, calibration_tokens, projections, sample_rows
 from gsa_jax.parameters import attention_tensor, build_model, without_splats
+from gsa_jax.splat_config import SplatConfig
 from helpers.attention_oracle import head_splats, head_statistics, hf_queries_and_keys
 from helpers.bits import assert_same_tensors
 from helpers.texts import STORIES
@@ -186,7 +186,7 @@ def test_all_but_the_splats_is_kept(fitted: Fitted) -> None:
         assert not tensors[prefix + "log_amplitudes"].any()
         quarters = np.exp(-2 * tensors[prefix + "log_scales"][:, 0]) / 4
         np.testing.assert_allclose(tensors[prefix + "norm_gain"], quarters, rtol=1e-5)
-    copied = [name for name in (*TOKENIZER_FILES, "conversion.json") if (fitted.source / name).exists()]
+    copied = [name for name in (*TOKENIZER_FILES, *OWN_FILES) if (fitted.source / name).exists()]
     assert "tokenizer.json" in copied and "conversion.json" in copied
     for name in copied:
         assert (fitted.folder / name).read_bytes() == (fitted.source / name).read_bytes()
@@ -250,7 +250,17 @@ def test_importance_alone_is_learned_for_the_splats_that_are_there(plain: Path, 
 
 @pytest.mark.parametrize(
     "case",
-    ["no text", "short text", "no checkpoint", "unconverted", "damaged", "out exists", "no splats", "not finite"],
+    [
+        "no text",
+        "short text",
+        "no checkpoint",
+        "unconverted",
+        "damaged",
+        "out exists",
+        "no splats",
+        "not finite",
+        "seed",
+    ],
 )
 def test_bad_input_leaves_nothing(case: str, plain: Path, story_neo: Path, tmp_path: Path) -> None:
     folder, text, out, splats = plain, STORIES, tmp_path / "out", SPLATS
@@ -263,6 +273,7 @@ def test_bad_input_leaves_nothing(case: str, plain: Path, story_neo: Path, tmp_p
         "out exists": "exists already",
         "no splats": "num_splats = 0",
         "not finite": "not finite",
+        "seed": "seed = -1: must be a whole number from 0",
     }[case]
     if case == "no text":
         text = tmp_path / "nowhere.txt"
@@ -291,6 +302,6 @@ def test_bad_input_leaves_nothing(case: str, plain: Path, story_neo: Path, tmp_p
         save(folder, config, infinite, copied=tokenizer_files(plain))
     before = files_under(tmp_path)
     with pytest.raises(InputError, match=words) as refused:
-        fit_init(folder, out, text, splats=splats)
+        fit_init(folder, out, text, splats=splats, seed=-1 if case == "seed" else 0)
     assert "\n" not in str(refused.value)
     assert files_under(tmp_path) == before

@@ -13,7 +13,7 @@ def bits(tensor: Any) -> tuple[str, tuple[int, ...], bytes]:
     if hasattr(tensor, "detach"):
         import torch
 
-        raw = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), raw
     return str(tensor.dtype), tuple(tensor.shape), np.ascontiguousarray(tensor).tobytes()
 

@@ -13,10 +13,11 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from gsa_jax import generation
-from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.ops import Splats, splat_attention
 from gsa_jax.sampling import Greedy
+from gsa_jax.splat_config import SPLAT_PRESETS
 from gsa_jax.topology import Compiled, compile_for, parse_topology
 from gsa_jax.train.compiled import lower_step
 from gsa_jax.train.config import MODELS, Pretrain, TrainConfig
@@ -108,9 +109,11 @@ def lower_decode(devices: list[Any], config: GPTNeoConfig, rows: int, length: in
     logits, cache = jax.eval_shape(read, params, *_prompt(devices, rows, length))
     number = jax.ShapeDtypeStruct((), jnp.int32)
     tokens, done = jax.ShapeDtypeStruct((rows, 64), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.bool_)
-    state = generation._State(cache, logits, tokens, number, done, jax.eval_shape(lambda: jax.random.key(0)))
-    state, number = on_one_device(devices, (state, number))
-    return generation._decode.lower(graphdef, params, state, Greedy(), number, number, number)
+    state = generation._State(cache, logits, tokens, None, number, done, jax.eval_shape(lambda: jax.random.key(0)))
+    ends = jax.ShapeDtypeStruct((1,), jnp.int32)
+    state, number, ends = on_one_device(devices, (state, number, ends))
+    choice = generation._Choice(Greedy(), None, None, ends, number)
+    return generation._decode.lower(graphdef, params, state, choice, number)
 
 
 def _capacity(config: GPTNeoConfig) -> int:

@@ -7,11 +7,14 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.model import GPTNeoForCausalLM
-from gsa_jax.parameters import build_model, expected_shapes
+from gsa_jax.parameters import build_model, expected_shapes, named_parameters
+from gsa_jax.splat_config import SplatConfig
 
 VOCAB = 97
 
@@ -56,6 +59,20 @@ def tiny_model(
     """Our model with these weights."""
     config = dataclasses.replace(tiny_config(**overrides), dtype=dtype)
     return build_model(config, tiny_weights(seed, **overrides), param_dtype=param_dtype)
+
+
+def tiny_splat_model(splats: SplatConfig, dtype: str = "float32") -> GPTNeoForCausalLM:
+    """A random model of two layers, local (window 7) and global, whose splats are random in every parameter."""
+    plain = tiny_model(window_size=7, attention_types=[[["local", "global"], 1]])
+    config = dataclasses.replace(plain.config, splats=splats, dtype=dtype)
+    random = np.random.default_rng(0)
+    tensors = named_parameters(GPTNeoForCausalLM(config, rngs=nnx.Rngs(0)))
+    for name, tensor in tensors.items():
+        if ".splat_" in name:
+            centre = 0.7 if name.endswith("log_scales") else 0.0
+            spread = 1.0 if name.endswith(("centers", "amplitudes")) else 0.1
+            tensors[name] = jnp.asarray(centre + spread * random.normal(size=tensor.shape), jnp.float32)
+    return build_model(config, tensors | named_parameters(plain))
 
 
 def random_ids(seed: int, *shape: int) -> np.ndarray:

@@ -16,7 +16,7 @@ def command(config: TrainConfig) -> list[str]:
         value = getattr(config, field.name)
         if field.name in ("checkpoint", "out", "mesh") or value == field.default or isinstance(value, OptimizerConfig):
             continue
-        options += [f"--{field.name.replace('_', '-')}", str(value)]
+        options += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
     for field in dataclasses.fields(config.optimizer):
         value = getattr(config.optimizer, field.name)
         if value != field.default:

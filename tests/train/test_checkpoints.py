@@ -1,6 +1,7 @@
 """Checkpoints of a training run: bit for bit, whole or absent, and damage is noticed and passed over."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
 
 from gsa_jax import InputError
 from gsa_jax.train.checkpoints import RunCheckpoints
@@ -182,6 +184,27 @@ def test_all_damaged_is_an_error_that_changes_nothing(tmp_path, three_steps):
     assert message.startswith(f"{folder}: every checkpoint is damaged (step 30: ") and "\n" not in message
     assert "step 20: params.transformer.wte.weight is not what was saved" in message and "step 10: " in message
     assert sorted(path.name for path in folder.iterdir()) == ["10", "20", "30"]
+
+
+def test_what_is_not_damage_renames_nothing(three_steps, monkeypatch):
+    """A file that this user may not read, and a platform that is not there."""
+    secret, allowed = three_steps / "30" / "state", os.access
+    with RunCheckpoints(three_steps, keep=3) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "access", lambda path, mode, **options: path != secret and allowed(path, mode, **options))
+            with pytest.raises(InputError, match=r"30/state: cannot be read \(no permission\)"):
+                checkpoints.restore(abstract(state_after(0)))
+        with monkeypatch.context() as patch:
+
+            def no_device(*arguments, **options):
+                raise RuntimeError("Unable to initialize backend 'cuda'")
+
+            patch.setattr(ocp, "load_checkpointables", no_device)
+            with pytest.raises(RuntimeError, match="Unable to initialize backend"):
+                checkpoints.restore(abstract(state_after(0)))
+        assert sorted(path.name for path in three_steps.iterdir()) == ["10", "20", "30"]
+        restored = checkpoints.restore(abstract(state_after(0)))
+    assert restored is not None and restored.step == 30 and not restored.passed_over
 
 
 def test_another_shape_is_not_damage(three_steps):

@@ -13,8 +13,8 @@ import pytest
 from gsa_jax.checkpoint import load_tokenizer
 from gsa_jax.config import GPTNeoConfig, read_config
 from gsa_jax.errors import InputError
-from gsa_jax.text import DOCUMENT_SEPARATOR
-from gsa_jax.train.data import row_batches
+from gsa_jax.text_files import DOCUMENT_SEPARATOR, TextFiles
+from gsa_jax.train.data import read_tokens, row_batches
 from helpers.texts import STORIES
 
 START, CONTEXT, BATCH = 0, 8, 4
@@ -58,7 +58,7 @@ def text(tmp_path) -> Path:
 
 def batches(path: Path, **changes):
     settings = {"context": CONTEXT, "batch_size": BATCH, "seed": 0} | changes
-    return row_batches(path, letters, CONFIG, **settings)
+    return row_batches(read_tokens(TextFiles((path,)), letters, CONFIG), CONFIG, **settings)
 
 
 def first_rows(iterator, count: int) -> list[tuple[list[int], list[int]]]:
@@ -116,6 +116,16 @@ def test_processes_share_the_batches_of_one(text, processes):
         assert sorted(itertools.chain.from_iterable(shares)) == sorted(whole)
 
 
+@pytest.mark.parametrize("processes", [1, BATCH])
+def test_a_batch_may_be_one_row(text, processes):
+    """Of the run, or of each process: the same rows one by one."""
+    rows = 3 * len(packed()) // BATCH * BATCH
+    together = [batches(text, batch_size=processes, process=n, processes=processes) for n in range(processes)]
+    found = [row for _ in range(rows // processes) for share in together for row in first_rows(share, 1)]
+    for begin in range(0, rows, BATCH):
+        assert sorted(found[begin : begin + BATCH]) == sorted(first_rows(batches(text), rows)[begin : begin + BATCH])
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_saved_state_goes_on_with_the_next_batch_also_on_more_processes(text, processes):
     iterator = batches(text)
@@ -145,7 +155,10 @@ def test_a_file_of_token_ids_is_the_text_it_was_made_from(text, tmp_path, story_
     settings = {"context": CONTEXT, "batch_size": BATCH, "seed": 3}
     pairs = [
         (batches(text, seed=3), batches(tmp_path / "letters.bin", seed=3)),
-        tuple(row_batches(path, tokenizer, config, **settings) for path in (stories, tmp_path / "stories.bin")),
+        tuple(
+            row_batches(read_tokens(TextFiles((path,)), tokenizer, config), config, **settings)
+            for path in (stories, tmp_path / "stories.bin")
+        ),
     ]
     for from_text, from_ids in pairs:
         for _ in range(12):

@@ -37,6 +37,8 @@ BAD_OPTIONS = {
     "odd file": (("--text", "odd.bin"), "3 bytes are not uint16 token ids"),
     "eval text": (("--eval-text", "missing"), "no such file"),
     "devices": (("--mesh.fsdp", 2), "does not divide the 1 devices"),
+    "a negative seed": (("--seed", -1), "seed = -1: must be a whole number from 0 to 4294967295"),
+    "a seed of more bits": (("--seed", 2**32), "seed = 4294967296: must be a whole number"),
     "half a place": (("--num-processes", 2), "go together; give all three or none"),
 }
 

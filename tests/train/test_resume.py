@@ -4,6 +4,7 @@ May be changed here: how runs are interrupted. The oracle is the same run withou
 """
 
 import dataclasses
+import gzip
 import json
 import random
 import shutil
@@ -19,6 +20,7 @@ import pytest
 from gsa_jax import SplatConfig
 from gsa_jax.checkpoint import load_tensors
 from gsa_jax.errors import InputError
+from gsa_jax.text_files import DOCUMENT_SEPARATOR
 from gsa_jax.train.config import Distill, Finetune, OptimizerConfig, Pretrain, TrainConfig
 from gsa_jax.train.loop import train
 from gsa_jax.train.metrics import Record, read_metrics
@@ -163,6 +165,32 @@ def test_another_configuration_is_refused_and_the_differences_listed(config, who
         assert words in str(refused.value)
     assert "eval_every" not in str(refused.value) and "save_every" not in str(refused.value)
     assert read_metrics(config.out) == kept
+
+
+def test_a_run_that_has_ended_goes_on_as_a_longer_one_would_have(tmp_path, tiny):
+    """From another place, and with its text and checkpoint in other places, the text gzipped and in two files."""
+
+    def run(out: Path, steps: int, **changes) -> Finetune:
+        optimizer = OptimizerConfig(schedule="constant", learning_rate=1e-2, ema_decay=0.9)
+        shared = {"checkpoint": tiny, "text": TOLD, "batch_size": 2, "context": 24, "optimizer": optimizer}
+        return Finetune(out=out, steps=steps, save_every=4, eval_every=100, **shared | changes)
+
+    expected = results(run(tmp_path / "whole", 9))
+    short = results(run(tmp_path / "run", 5))
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    shutil.copytree(tiny, tmp_path / "elsewhere")
+    parts = []
+    first, _, second = TOLD.read_bytes().partition(DOCUMENT_SEPARATOR.encode())
+    for name, part in (("a.txt.gz", first), ("b.txt.gz", second)):
+        parts.append(tmp_path / name)
+        parts[-1].write_bytes(gzip.compress(part))
+    notes = []
+    longer = run(tmp_path / "moved", 9, checkpoint=tmp_path / "elsewhere", text=tuple(parts))
+    train(longer, report=lambda record: notes.append(record["text"]) if record["kind"] == "note" else None)
+    assert notes == ["steps was 5 and is 9", "going on from step 5"]
+    assert_same(results(longer), expected)
+    kept = load_tensors(tmp_path / "moved" / "model-5")[1]
+    assert all(kept[name].tobytes() == tensor.tobytes() for name, tensor in short[1].items())
 
 
 def test_the_resolved_configuration_is_beside_every_checkpoint(config, whole):
