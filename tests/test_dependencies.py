@@ -27,6 +27,7 @@ ORDER = [
     {"generation", "evaluation", "convert"},
     {"fitting", "completion", "lm_eval"},
     {"train"},
+    {"inspection"},
     {"cli"},
 ]
 """A part imports parts that stand before it, and itself; those that stand beside it are strangers."""

@@ -1,0 +1,345 @@
+"""The charts, as Vega-Lite through Altair: with their rows for a figure, or with names that the page's script fills.
+
+Colours are those of Okabe and Ito (2008), "Color Universal Design", which people tell apart whatever kind of colour
+blindness they have. May be changed here: what a chart looks like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+
+from gsa_jax.evaluation.perplexity import Evaluation
+from gsa_jax.fitting.diagnosis import Diagnostics
+from gsa_jax.inspection.measuring import TokenLosses
+from gsa_jax.inspection.packing import head_name, visible
+
+NEAR_COLOR, KEPT_COLOR, FAR_COLOR = "#0072B2", "#009E73", "#D98200"
+EXACT_COLOR, INK = "#4D4D4D", "#1A1A1A"
+_QUERY_COLOR, _KEY_COLOR = "#56B4E9", "#8C8C8C"
+
+LESS_TO_MORE = ["#5E3C99", "#B2ABD2", "#FFFFFF", "#FDB863", "#C85A00"]
+"""Of differences."""
+
+_WEIGHT_COLORS = ["#FFFFFF", "#9ECAE1", "#2171B5", "#08306B"]
+
+_KINDS = ["near", "kept", "far"]
+_ROW = 18
+"""Pixels of a row of a chart of heads."""
+
+_FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
+
+Rows = Sequence[dict[str, Any]]
+
+
+def data(name: str, rows: Rows | None = None) -> alt.NamedData | alt.InlineData:
+    """Rows of a chart, or their name alone."""
+    return alt.NamedData(name) if rows is None else alt.InlineData(values=list(rows), name=name)
+
+
+def styled(chart: Any) -> Any:
+    """A whole chart with the page's type and lines."""
+    return (
+        chart.configure(font="system-ui, 'DejaVu Sans', sans-serif", background="white")
+        .configure_axis(
+            labelColor=INK, titleColor=INK, labelFontSize=12, titleFontSize=12, gridColor="#E6E6E6", titleFontWeight=500
+        )
+        .configure_legend(
+            labelColor=INK, titleColor=INK, labelFontSize=12, titleFontSize=12, orient="bottom", titleFontWeight=500
+        )
+        .configure_title(color=INK, fontSize=13, anchor="start", fontWeight=600)
+        .configure_view(stroke="#CCCCCC")
+    )
+
+
+def _tokens(chart: Any, field: str, names: Sequence[str], tokens: Rows | None) -> Any:
+    """Looks up what is known of the token at a position."""
+    source = alt.LookupData(data=data("tokens", tokens), key="position", fields=["token", "context"])
+    return chart.transform_lookup(lookup=field, from_=source, as_=list(names))
+
+
+def atlas(points: Rows | None = None, splats: Rows | None = None, tokens: Rows | None = None, reach: float = 1) -> Any:
+    """Queries, keys and splats of a head in their plane."""
+    side = alt.param(name="reach", value=reach)
+    scale = alt.Scale(domainMin=alt.ExprRef("-reach"), domainMax=alt.ExprRef("reach"), nice=False, zero=False)
+    x = alt.X("x:Q", scale=scale, title="first principal component", axis=alt.Axis(tickCount=7))
+    y = alt.Y("y:Q", scale=scale, title="second principal component", axis=alt.Axis(tickCount=7))
+    hovered = alt.selection_point(name="hovered", on="pointerover", fields=["splat"], empty=False, clear="pointerout")
+    circles = (
+        alt.Chart(data("circles", splats))
+        .transform_calculate(angle="sequence(0, 6.4, 0.2)")
+        .transform_flatten(["angle"])
+        .transform_calculate(
+            edge_x="datum.x + datum.sigma * cos(datum.angle)", edge_y="datum.y + datum.sigma * sin(datum.angle)"
+        )
+        .mark_line(clip=True, color=FAR_COLOR, interpolate="linear")
+        .encode(
+            alt.X("edge_x:Q", scale=scale, title="first principal component", axis=alt.Axis(tickCount=7)),
+            alt.Y("edge_y:Q", scale=scale, title="second principal component", axis=alt.Axis(tickCount=7)),
+            alt.Detail("splat:N"),
+            alt.Order("angle:Q"),
+            opacity=alt.condition(hovered, alt.value(1), alt.value(0.4)),
+            strokeWidth=alt.condition(hovered, alt.value(2.5), alt.value(1)),
+        )
+    )
+    marks = (
+        _tokens(alt.Chart(data("points", points)), "position", ("token", "context"), tokens)
+        .mark_point(clip=True, filled=True, size=28, opacity=0.8)
+        .encode(
+            x,
+            y,
+            color=alt.Color(
+                "kind:N",
+                title=None,
+                scale=alt.Scale(domain=["query", "key", "kept key"], range=[_QUERY_COLOR, _KEY_COLOR, KEPT_COLOR]),
+            ),
+            shape=alt.Shape(
+                "kind:N",
+                title=None,
+                scale=alt.Scale(domain=["query", "key", "kept key"], range=["circle", "triangle-up", "diamond"]),
+            ),
+            size=alt.condition("datum.kind == 'kept key'", alt.value(110), alt.value(28)),
+            tooltip=[alt.Tooltip("kind:N", title="a"), alt.Tooltip("context:N"), alt.Tooltip("position:Q")],
+        )
+    )
+    centers = (
+        alt.Chart(data("circles", splats))
+        .mark_circle(clip=True, color=FAR_COLOR, opacity=0.85, stroke="white", strokeWidth=0.7)
+        .encode(
+            x,
+            y,
+            size=alt.Size(
+                "share:Q",
+                title="splat: share of the far weight",
+                scale=alt.Scale(range=[8, 420]),
+                legend=alt.Legend(format="%", tickCount=3, symbolFillColor=FAR_COLOR, symbolStrokeColor=FAR_COLOR),
+            ),
+            tooltip=[
+                alt.Tooltip("splat:N"),
+                alt.Tooltip("share:Q", title="share of far weight", format=".1%"),
+                alt.Tooltip("sigma:Q", format=".2f"),
+            ],
+        )
+        .add_params(hovered)
+    )
+    return alt.layer(circles, marks, centers).add_params(side).properties(width=520, height=520)
+
+
+def moves(last: int, rows: Rows | None = None, reach: float = 1) -> Any:
+    """Where the splats of a head have been, from stage 0 to the last one, in the same plane."""
+    side = alt.param(name="reach", value=reach)
+    scale = alt.Scale(domainMin=alt.ExprRef("-reach"), domainMax=alt.ExprRef("reach"), nice=False, zero=False)
+    base = alt.Chart(data("moves", rows)).encode(
+        alt.X("x:Q", scale=scale, title="first principal component", axis=alt.Axis(tickCount=7)),
+        alt.Y("y:Q", scale=scale, title="second principal component", axis=alt.Axis(tickCount=7)),
+    )
+    paths = base.mark_line(clip=True, color=FAR_COLOR, opacity=0.7, strokeWidth=1.2).encode(
+        alt.Detail("splat:N"), alt.Order("stage:Q")
+    )
+    ends = (
+        base.transform_filter(f"datum.stage == 0 || datum.stage == {last}")
+        .mark_circle(clip=True, stroke=FAR_COLOR, strokeWidth=1.2, opacity=1, size=42)
+        .encode(
+            fill=alt.condition("datum.stage == 0", alt.value("white"), alt.value(FAR_COLOR)),
+            tooltip=[alt.Tooltip("splat:N"), alt.Tooltip("moved:Q", title="moved, in sigmas", format=".2f")],
+        )
+    )
+    return alt.layer(paths, ends).add_params(side).properties(width=520, height=520)
+
+
+def heatmap(field: str, title: str, rows: Rows | None = None, tokens: Rows | None = None) -> Any:
+    """Weights of all queries and keys of a passage: `exact`, `weights` or their `difference`."""
+    chosen = alt.param(name="chosen", value=-1)
+    if field == "difference":
+        color = alt.Color(
+            "difference:Q",
+            title="splats minus exact",
+            scale=alt.Scale(domain=[-1, -0.1, 0, 0.1, 1], range=LESS_TO_MORE, interpolate="rgb"),
+            legend=alt.Legend(values=[-1, -0.5, 0, 0.5, 1], gradientLength=180),
+        )
+    else:
+        color = alt.Color(
+            f"{field}:Q",
+            title="weight",
+            scale=alt.Scale(domain=[0, 0.02, 0.2, 1], range=_WEIGHT_COLORS, interpolate="rgb"),
+            legend=alt.Legend(values=[0, 0.25, 0.5, 1], gradientLength=180),
+        )
+    # Of an axis of positions, labels are tokens; the first dataset of that name has them.
+    axis = {"labelExpr": "data('tokens')[datum.value] ? data('tokens')[datum.value].token : ''", "ticks": False}
+    base = _tokens(alt.Chart(data("pairs", rows)), "query", ("query_token", "query_context"), tokens)
+    base = _tokens(base, "key", ("key_token", "key_context"), tokens).encode(
+        alt.X("key:O", title="key", axis=alt.Axis(**axis, labelAngle=-90, labelOverlap="greedy", labelFontSize=10)),
+        alt.Y("query:O", title="query", axis=alt.Axis(**axis, labelOverlap="greedy", labelFontSize=10)),
+    )
+    cells = base.mark_rect().encode(
+        color,
+        tooltip=[
+            alt.Tooltip("query_context:N", title="query"),
+            alt.Tooltip("key_context:N", title="key"),
+            alt.Tooltip("how:N", title="seen"),
+            alt.Tooltip("exact:Q", format=".4f"),
+            alt.Tooltip("weights:Q", title="with splats", format=".4f"),
+        ],
+    )
+    row = base.transform_filter("datum.query == chosen").mark_rect(filled=False, stroke=INK, strokeWidth=0.5)
+    return alt.layer(cells, row).add_params(chosen).properties(width=360, height=360, title=title)
+
+
+def splat_bars(rows: Rows | None = None) -> Any:
+    """The splats that carry most of a token's weight."""
+    return (
+        alt.Chart(data("bars", rows))
+        .mark_bar(color=FAR_COLOR)
+        .encode(
+            alt.X("weight:Q", title="weight that goes through it", axis=alt.Axis(format="%", tickCount=4)),
+            alt.Y("splat:N", title=None, sort=None),
+            tooltip=[alt.Tooltip("splat:N"), alt.Tooltip("weight:Q", format=".2%")],
+        )
+        .properties(width="container", height={"step": _ROW}, autosize=_FIT)
+    )
+
+
+def masses(diagnostics: Diagnostics) -> Any:
+    """How each head's weight is spread over near, kept and far keys, exactly and with splats."""
+    rows = []
+    for head in diagnostics.heads:
+        for attention, kept, far in (
+            ("exact", head.exact_kept_mass, head.exact_far_mass),
+            ("splats", head.kept_mass, head.far_mass),
+        ):
+            shares = zip(_KINDS, (1 - kept - far, kept, far), strict=True)
+            rows += [
+                {"head": f"{_short(head)} {attention}", "kind": kind, "mass": mass, "order": n}
+                for n, (kind, mass) in enumerate(shares)
+            ]
+    return (
+        alt.Chart(data("masses", rows))
+        .mark_bar()
+        .encode(
+            alt.X("mass:Q", title="share of the weight", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
+            alt.Y("head:N", title=None, sort=None),
+            alt.Color(
+                "kind:N",
+                title=None,
+                scale=alt.Scale(domain=_KINDS, range=[NEAR_COLOR, KEPT_COLOR, FAR_COLOR]),
+            ),
+            alt.Order("order:Q"),
+            tooltip=[alt.Tooltip("head:N"), alt.Tooltip("kind:N"), alt.Tooltip("mass:Q", format=".2%")],
+        )
+        .properties(width="container", height={"step": _ROW}, autosize=_FIT)
+    )
+
+
+def usage(diagnostics: Diagnostics) -> Any:
+    """How many splats each head uses."""
+    rows = [
+        {"head": _short(head), "usage": head.usage, "dead": head.dead_splats, "splats": head.num_splats}
+        for head in diagnostics.heads
+    ]
+    base = alt.Chart(data("usage", rows)).encode(alt.Y("head:N", title=None, sort=None))
+    tooltip = [
+        alt.Tooltip("head:N"),
+        alt.Tooltip("usage:Q", title="in use", format=".1f"),
+        alt.Tooltip("dead:Q", title="hardly used"),
+        alt.Tooltip("splats:Q"),
+    ]
+    there = base.mark_bar(color="#E6E6E6").encode(alt.X("splats:Q"), tooltip=tooltip)
+    used = base.mark_bar(color=FAR_COLOR).encode(alt.X("usage:Q", title="splats in use"), tooltip=tooltip)
+    said = base.mark_text(align="left", dx=4, color=INK, fontSize=11).encode(alt.X("usage:Q"), alt.Text("label:N"))
+    said = said.transform_calculate(
+        label="format(datum.usage, '.0f') + (datum.dead ? ', ' + datum.dead + ' hardly used' : '')"
+    )
+    return alt.layer(there, used, said).properties(width="container", height={"step": _ROW}, autosize=_FIT)
+
+
+def entropies(diagnostics: Diagnostics) -> Any:
+    """How spread out each head's attention is, exactly and with splats."""
+    rows = [
+        {"head": _short(head), "attention": attention, "entropy": entropy}
+        for head in diagnostics.heads
+        for attention, entropy in (("exact", head.exact_entropy), ("with splats", head.entropy))
+    ]
+    base = alt.Chart(data("entropies", rows)).encode(
+        alt.X("entropy:Q", title="0: a single key, 1: all keys alike", scale=alt.Scale(domain=[0, 1])),
+        alt.Y("head:N", title=None, sort=None),
+    )
+    between = base.mark_line(color=INK).encode(alt.Detail("head:N"))
+    ends = base.mark_point(filled=True, size=90, opacity=1).encode(
+        color=alt.Color(
+            "attention:N",
+            title=None,
+            scale=alt.Scale(domain=["exact", "with splats"], range=[EXACT_COLOR, FAR_COLOR]),
+        ),
+        shape=alt.Shape(
+            "attention:N", title=None, scale=alt.Scale(domain=["exact", "with splats"], range=["square", "circle"])
+        ),
+        tooltip=[alt.Tooltip("head:N"), alt.Tooltip("attention:N"), alt.Tooltip("entropy:Q", format=".3f")],
+    )
+    return alt.layer(between, ends).properties(width="container", height={"step": _ROW}, autosize=_FIT)
+
+
+def arms(evaluation: Evaluation) -> Any:
+    """Perplexity of the arms that see something, relative to the exact model, with intervals."""
+    rows = []
+    for arm in evaluation.arms:
+        if arm.name in ("exact", "none"):  # which is far away from all others
+            continue
+        low, high = arm.perplexity_ratio.interval or (arm.perplexity_ratio.value,) * 2
+        rows.append({"arm": arm.name, "ratio": arm.perplexity_ratio.value, "low": low, "high": high})
+    base = alt.Chart(data("arms", rows)).encode(alt.Y("arm:N", title=None, sort=None))
+    low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
+    room = 0.05 * (max(high, 1) - min(low, 1))
+    scale = alt.Scale(nice=False, zero=False, domain=[min(low, 1) - room, max(high, 1) + room])
+    spread = base.mark_rule(color=INK, strokeWidth=2).encode(alt.X("low:Q", scale=scale), alt.X2("high:Q"))
+    value = base.mark_point(filled=True, size=80, opacity=1, color=FAR_COLOR).encode(
+        alt.X("ratio:Q", scale=scale, title="perplexity, times the exact model's", axis=alt.Axis(tickCount=5)),
+        tooltip=[
+            alt.Tooltip(f"{name}:{kind}") for name, kind in (("arm", "N"), ("ratio", "Q"), ("low", "Q"), ("high", "Q"))
+        ],
+    )
+    one = (
+        alt.Chart(data("one", [{"one": 1}]))
+        .mark_rule(color=EXACT_COLOR, strokeDash=[4, 3])
+        .encode(alt.X("one:Q", scale=scale))
+    )
+    return alt.layer(one, spread, value).properties(width="container", height={"step": 24}, autosize=_FIT)
+
+
+EXTRA_SHOWN = 1.0
+"""Nats at which the colour of a token is full."""
+
+_LINE = 72
+"""Characters of a line of text in a figure."""
+
+
+def colored_text(losses: TokenLosses) -> Any:
+    """A row of text on which the colour says what splats cost."""
+    rows, line, column = [], 0, 0
+    for token, extra in zip(losses.tokens[1:], (losses.splats - losses.exact).tolist(), strict=True):
+        text = visible(token)
+        if column + len(text) > _LINE:
+            line, column = line + 1, 0
+        rows.append({"from": column, "to": column + len(text), "line": line, "token": text.strip(), "extra": extra})
+        column += len(text)
+    base = alt.Chart(data("text", rows)).encode(alt.Y("line:O", axis=None))
+    boxes = base.mark_rect().encode(
+        alt.X("from:Q", axis=None, scale=alt.Scale(domain=[0, _LINE], nice=False)),
+        alt.X2("to:Q"),
+        alt.Color("extra:Q", title="nats lost to splats", scale=extra_scale()),
+    )
+    words = base.mark_text(font="DejaVu Sans Mono, monospace", fontSize=11, align="center", color=INK).encode(
+        alt.X("middle:Q"), alt.Text("token:N")
+    )
+    words = words.transform_calculate(middle="(datum.from + datum.to) / 2")
+    return alt.layer(boxes, words).properties(width=_LINE * 8, height={"step": _ROW})
+
+
+def extra_scale() -> alt.Scale:
+    """Colours of a difference of losses in nats."""
+    return alt.Scale(domain=[-EXTRA_SHOWN, EXTRA_SHOWN], range=LESS_TO_MORE[1:-1], clamp=True)
+
+
+def _short(head: Any) -> str:
+    return f"L{head.layer} H{head.head}"
