@@ -323,6 +323,7 @@ def _normalised_entropy(log_weights: Float[Array, "N H R T"], rows: AttentionRow
 
 
 def mean_mass(log_weights: Float[Array, "N H R T"], keys: Bool[Array, "N H R T"]) -> Float[Array, "H"]:
+    """Mean weight that a row gives to these keys."""
     return jnp.mean(jnp.sum(jnp.where(keys, jnp.exp(log_weights), 0), axis=-1), axis=(0, 2))
 
 

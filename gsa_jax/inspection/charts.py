@@ -14,7 +14,7 @@ import altair as alt
 from gsa_jax.evaluation.perplexity import Evaluation
 from gsa_jax.fitting.diagnosis import Diagnostics
 from gsa_jax.inspection.measuring import TokenLosses
-from gsa_jax.inspection.packing import head_name, visible
+from gsa_jax.inspection.packing import visible
 
 NEAR_COLOR, KEPT_COLOR, FAR_COLOR = "#0072B2", "#009E73", "#D98200"
 EXACT_COLOR, INK = "#4D4D4D", "#1A1A1A"
@@ -28,6 +28,8 @@ _WEIGHT_COLORS = ["#FFFFFF", "#9ECAE1", "#2171B5", "#08306B"]
 _KINDS = ["near", "kept", "far"]
 _ROW = 18
 """Pixels of a row of a chart of heads."""
+
+MOST_BARS = 10
 
 _FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
 
@@ -47,7 +49,12 @@ def styled(chart: Any) -> Any:
             labelColor=INK, titleColor=INK, labelFontSize=12, titleFontSize=12, gridColor="#E6E6E6", titleFontWeight=500
         )
         .configure_legend(
-            labelColor=INK, titleColor=INK, labelFontSize=12, titleFontSize=12, orient="bottom", titleFontWeight=500
+            labelColor=INK,
+            titleColor=INK,
+            labelFontSize=12,
+            titleFontSize=12,
+            orient="bottom",
+            titleFontWeight=500,
         )
         .configure_title(color=INK, fontSize=13, anchor="start", fontWeight=600)
         .configure_view(stroke="#CCCCCC")
@@ -112,9 +119,11 @@ def atlas(points: Rows | None = None, splats: Rows | None = None, tokens: Rows |
             y,
             size=alt.Size(
                 "share:Q",
-                title="splat: share of the far weight",
+                title="splat, by its share of the far weight",
                 scale=alt.Scale(range=[8, 420]),
-                legend=alt.Legend(format="%", tickCount=3, symbolFillColor=FAR_COLOR, symbolStrokeColor=FAR_COLOR),
+                legend=alt.Legend(
+                    format="%", tickCount=3, orient="top", symbolFillColor=FAR_COLOR, symbolStrokeColor=FAR_COLOR
+                ),
             ),
             tooltip=[
                 alt.Tooltip("splat:N"),
@@ -157,21 +166,31 @@ def heatmap(field: str, title: str, rows: Rows | None = None, tokens: Rows | Non
             "difference:Q",
             title="splats minus exact",
             scale=alt.Scale(domain=[-1, -0.1, 0, 0.1, 1], range=LESS_TO_MORE, interpolate="rgb"),
-            legend=alt.Legend(values=[-1, -0.5, 0, 0.5, 1], gradientLength=180),
+            legend=alt.Legend(values=[-1, -0.5, 0, 0.5, 1], gradientLength=180, format="~g"),
         )
     else:
         color = alt.Color(
             f"{field}:Q",
             title="weight",
             scale=alt.Scale(domain=[0, 0.02, 0.2, 1], range=_WEIGHT_COLORS, interpolate="rgb"),
-            legend=alt.Legend(values=[0, 0.25, 0.5, 1], gradientLength=180),
+            legend=alt.Legend(values=[0, 0.2, 0.5, 1], gradientLength=180, format="~g"),
         )
     # Of an axis of positions, labels are tokens; the first dataset of that name has them.
-    axis = {"labelExpr": "data('tokens')[datum.value] ? data('tokens')[datum.value].token : ''", "ticks": False}
+    axis = {
+        "labelExpr": "data('tokens')[datum.value] ? data('tokens')[datum.value].token : ''",
+        "ticks": False,
+        "labelOverlap": "greedy",
+        "labelLimit": 64,
+        "labelFontSize": 10,
+    }
     base = _tokens(alt.Chart(data("pairs", rows)), "query", ("query_token", "query_context"), tokens)
     base = _tokens(base, "key", ("key_token", "key_context"), tokens).encode(
-        alt.X("key:O", title="key", axis=alt.Axis(**axis, labelAngle=-90, labelOverlap="greedy", labelFontSize=10)),
-        alt.Y("query:O", title="query", axis=alt.Axis(**axis, labelOverlap="greedy", labelFontSize=10)),
+        alt.X(
+            "key:O",
+            title="key",
+            axis=alt.Axis(**axis, labelAngle=-90),
+        ),
+        alt.Y("query:O", title="query", axis=alt.Axis(**axis)),
     )
     cells = base.mark_rect().encode(
         color,
@@ -188,16 +207,16 @@ def heatmap(field: str, title: str, rows: Rows | None = None, tokens: Rows | Non
 
 
 def splat_bars(rows: Rows | None = None) -> Any:
-    """The splats that carry most of a token's weight."""
+    """The splats that carry most of a token's weight, `MOST_BARS` at most."""
     return (
         alt.Chart(data("bars", rows))
-        .mark_bar(color=FAR_COLOR)
+        .mark_bar(color=FAR_COLOR, size=_ROW - 5)
         .encode(
             alt.X("weight:Q", title="weight that goes through it", axis=alt.Axis(format="%", tickCount=4)),
             alt.Y("splat:N", title=None, sort=None),
             tooltip=[alt.Tooltip("splat:N"), alt.Tooltip("weight:Q", format=".2%")],
         )
-        .properties(width="container", height={"step": _ROW}, autosize=_FIT)
+        .properties(width="container", height=_ROW * MOST_BARS, autosize=_FIT)
     )
 
 
@@ -228,7 +247,7 @@ def masses(diagnostics: Diagnostics) -> Any:
             alt.Order("order:Q"),
             tooltip=[alt.Tooltip("head:N"), alt.Tooltip("kind:N"), alt.Tooltip("mass:Q", format=".2%")],
         )
-        .properties(width="container", height={"step": _ROW}, autosize=_FIT)
+        .properties(width="container", height=_ROW * 2 * len(diagnostics.heads), autosize=_FIT)
     )
 
 
@@ -251,7 +270,9 @@ def usage(diagnostics: Diagnostics) -> Any:
     said = said.transform_calculate(
         label="format(datum.usage, '.0f') + (datum.dead ? ', ' + datum.dead + ' hardly used' : '')"
     )
-    return alt.layer(there, used, said).properties(width="container", height={"step": _ROW}, autosize=_FIT)
+    return alt.layer(there, used, said).properties(
+        width="container", height=_ROW * len(diagnostics.heads), autosize=_FIT
+    )
 
 
 def entropies(diagnostics: Diagnostics) -> Any:
@@ -277,7 +298,7 @@ def entropies(diagnostics: Diagnostics) -> Any:
         ),
         tooltip=[alt.Tooltip("head:N"), alt.Tooltip("attention:N"), alt.Tooltip("entropy:Q", format=".3f")],
     )
-    return alt.layer(between, ends).properties(width="container", height={"step": _ROW}, autosize=_FIT)
+    return alt.layer(between, ends).properties(width="container", height=_ROW * len(diagnostics.heads), autosize=_FIT)
 
 
 def arms(evaluation: Evaluation) -> Any:
@@ -304,7 +325,7 @@ def arms(evaluation: Evaluation) -> Any:
         .mark_rule(color=EXACT_COLOR, strokeDash=[4, 3])
         .encode(alt.X("one:Q", scale=scale))
     )
-    return alt.layer(one, spread, value).properties(width="container", height={"step": 24}, autosize=_FIT)
+    return alt.layer(one, spread, value).properties(width="container", height=_ROW * (len(rows) + 1), autosize=_FIT)
 
 
 EXTRA_SHOWN = 1.0

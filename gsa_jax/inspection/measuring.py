@@ -1,7 +1,7 @@
 """The numbers of the page: attention of a passage as the model computes it, and what other measurements say of a text.
 
-Weights, masses and usage are those of `gsa_jax.fitting`, losses those of `gsa_jax.evaluation`. May be changed here: which
-part of the text is looked at, which heads are drawn, and in which plane.
+Weights, masses and usage are those of `gsa_jax.fitting`, losses those of `gsa_jax.evaluation`. May be changed here:
+which part of the text is looked at, which heads are drawn, and in which plane.
 """
 
 from __future__ import annotations
@@ -165,11 +165,11 @@ def measure(
     checkpoint = model_folder(folder)
     stored, tensors = load_tensors(checkpoint)
     config = stored.with_window(window, kept)
+    path = stages(folder, compare, config, tensors)
     diagnostics = diagnose(checkpoint, text, window=window, kept=kept)  # which refuses models that use no splats
     tokenizer = open_tokenizer(checkpoint)
     documents = list(_beginnings(text))
     ids = _passage(documents, tokenizer, config)
-    path = stages(folder, compare, config, tensors)
     pairs = [(head.layer, head.head) for head in diagnostics.heads]
     drawn = sorted({pairs[n] for n in np.linspace(0, len(pairs) - 1, min(len(pairs), _HEADS)).round().astype(int)})
     arms, rows = make_arms(config, tensors), text_rows(documents, tokenizer, config)

@@ -19,6 +19,7 @@ import vl_convert
 from markupsafe import Markup
 
 from gsa_jax.config import GPTNeoConfig
+from gsa_jax.errors import InputError
 from gsa_jax.evaluation.intervals import Estimate
 from gsa_jax.evaluation.perplexity import Evaluation
 from gsa_jax.inspection import charts, packing
@@ -48,8 +49,12 @@ def render(found: Inspection) -> str:
     heads = found.heads
     while True:
         html = _render(found, heads)
-        if len(html.encode()) <= LARGEST or len(heads) == 1:
+        if len(html.encode()) <= LARGEST:
             return html
+        if len(heads) == 1:
+            raise InputError(
+                f"the page would be larger than {LARGEST:,} bytes; give a smaller window or fewer kept keys"
+            )
         heads = heads[::2]
 
 
@@ -90,11 +95,12 @@ def _render(found: Inspection, heads: tuple[HeadPicture, ...]) -> str:
         losses=[_colored(losses) for losses in found.losses],
         hurt=_hurt(found.losses),
         moved=_moved(heads),
-        extra_shown=charts.EXTRA_SHOWN,
+        extra_shown=f"{charts.EXTRA_SHOWN:g}",
+        most_bars=charts.MOST_BARS,
         colors=page["colors"],
         less=charts.LESS_TO_MORE[1],
         more=charts.LESS_TO_MORE[-2],
-        scripts=Markup(vl_convert.javascript_bundle(vl_version=VEGA_LITE)),  # noqa: S704 (of a package)
+        scripts=Markup(vl_convert.javascript_bundle(vl_version=VEGA_LITE)),
         page=_json(page),
         specs=_json({name: charts.styled(chart).to_dict() for name, chart in drawn.items()}),
     )
@@ -102,7 +108,7 @@ def _render(found: Inspection, heads: tuple[HeadPicture, ...]) -> str:
 
 def _json(value: Any) -> Markup:
     """JSON that can stand in a script: nothing in it ends the script."""
-    return Markup(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c"))  # noqa: S704
+    return Markup(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 def _splats(config: GPTNeoConfig) -> str:
