@@ -10,3 +10,7 @@
 
 May be changed here: this map, and which names are public.
 """
+
+from gsa_jax.inspection.report import inspect
+
+__all__ = ["inspect"]

@@ -31,6 +31,9 @@ _ROW = 18
 
 MOST_BARS = 10
 
+_SIDE = 520
+"""Pixels across a plane."""
+
 _FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
 
 Rows = Sequence[dict[str, Any]]
@@ -67,12 +70,35 @@ def _tokens(chart: Any, field: str, names: Sequence[str], tokens: Rows | None) -
     return chart.transform_lookup(lookup=field, from_=source, as_=list(names))
 
 
-def atlas(points: Rows | None = None, splats: Rows | None = None, tokens: Rows | None = None, reach: float = 1) -> Any:
+def _plane_axes() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Axes of a plane, which reach as far as `_framed` says."""
+    names = "across", "up"
+    x, y = (
+        {
+            "scale": alt.Scale(domainMin=alt.ExprRef(f"-{name}"), domainMax=alt.ExprRef(name), nice=False, zero=False),
+            "title": f"{which} principal component",
+            "axis": alt.Axis(tickCount=7),
+        }
+        for name, which in zip(names, ("first", "second"), strict=True)
+    )
+    return x, y
+
+
+def _framed(chart: Any, frame: tuple[float, float]) -> Any:
+    """A chart of a plane that reaches so far across and up, with the same unit."""
+    params = (alt.param(name=name, value=value) for name, value in zip(("across", "up"), frame, strict=True))
+    return chart.add_params(*params).properties(width=_SIDE, height=round(_SIDE * frame[1] / frame[0]))
+
+
+def atlas(
+    points: Rows | None = None,
+    splats: Rows | None = None,
+    tokens: Rows | None = None,
+    frame: tuple[float, float] = (1, 1),
+) -> Any:
     """Queries, keys and splats of a head in their plane."""
-    side = alt.param(name="reach", value=reach)
-    scale = alt.Scale(domainMin=alt.ExprRef("-reach"), domainMax=alt.ExprRef("reach"), nice=False, zero=False)
-    x = alt.X("x:Q", scale=scale, title="first principal component", axis=alt.Axis(tickCount=7))
-    y = alt.Y("y:Q", scale=scale, title="second principal component", axis=alt.Axis(tickCount=7))
+    across, up = _plane_axes()
+    x, y = alt.X("x:Q", **across), alt.Y("y:Q", **up)
     hovered = alt.selection_point(name="hovered", on="pointerover", fields=["splat"], empty=False, clear="pointerout")
     circles = (
         alt.Chart(data("circles", splats))
@@ -83,8 +109,8 @@ def atlas(points: Rows | None = None, splats: Rows | None = None, tokens: Rows |
         )
         .mark_line(clip=True, color=FAR_COLOR, interpolate="linear")
         .encode(
-            alt.X("edge_x:Q", scale=scale, title="first principal component", axis=alt.Axis(tickCount=7)),
-            alt.Y("edge_y:Q", scale=scale, title="second principal component", axis=alt.Axis(tickCount=7)),
+            alt.X("edge_x:Q", **across),
+            alt.Y("edge_y:Q", **up),
             alt.Detail("splat:N"),
             alt.Order("angle:Q"),
             opacity=alt.condition(hovered, alt.value(1), alt.value(0.4)),
@@ -122,7 +148,12 @@ def atlas(points: Rows | None = None, splats: Rows | None = None, tokens: Rows |
                 title="splat, by its share of the far weight",
                 scale=alt.Scale(range=[8, 420]),
                 legend=alt.Legend(
-                    format="%", tickCount=3, orient="top", symbolFillColor=FAR_COLOR, symbolStrokeColor=FAR_COLOR
+                    format="%",
+                    tickCount=3,
+                    orient="top",
+                    titleLimit=300,
+                    symbolFillColor=FAR_COLOR,
+                    symbolStrokeColor=FAR_COLOR,
                 ),
             ),
             tooltip=[
@@ -133,17 +164,13 @@ def atlas(points: Rows | None = None, splats: Rows | None = None, tokens: Rows |
         )
         .add_params(hovered)
     )
-    return alt.layer(circles, marks, centers).add_params(side).properties(width=520, height=520)
+    return _framed(alt.layer(circles, marks, centers), frame)
 
 
-def moves(last: int, rows: Rows | None = None, reach: float = 1) -> Any:
+def moves(last: int, rows: Rows | None = None, frame: tuple[float, float] = (1, 1)) -> Any:
     """Where the splats of a head have been, from stage 0 to the last one, in the same plane."""
-    side = alt.param(name="reach", value=reach)
-    scale = alt.Scale(domainMin=alt.ExprRef("-reach"), domainMax=alt.ExprRef("reach"), nice=False, zero=False)
-    base = alt.Chart(data("moves", rows)).encode(
-        alt.X("x:Q", scale=scale, title="first principal component", axis=alt.Axis(tickCount=7)),
-        alt.Y("y:Q", scale=scale, title="second principal component", axis=alt.Axis(tickCount=7)),
-    )
+    across, up = _plane_axes()
+    base = alt.Chart(data("moves", rows)).encode(alt.X("x:Q", **across), alt.Y("y:Q", **up))
     paths = base.mark_line(clip=True, color=FAR_COLOR, opacity=0.7, strokeWidth=1.2).encode(
         alt.Detail("splat:N"), alt.Order("stage:Q")
     )
@@ -155,7 +182,7 @@ def moves(last: int, rows: Rows | None = None, reach: float = 1) -> Any:
             tooltip=[alt.Tooltip("splat:N"), alt.Tooltip("moved:Q", title="moved, in sigmas", format=".2f")],
         )
     )
-    return alt.layer(paths, ends).add_params(side).properties(width=520, height=520)
+    return _framed(alt.layer(paths, ends), frame)
 
 
 def heatmap(field: str, title: str, rows: Rows | None = None, tokens: Rows | None = None) -> Any:
@@ -165,8 +192,8 @@ def heatmap(field: str, title: str, rows: Rows | None = None, tokens: Rows | Non
         color = alt.Color(
             "difference:Q",
             title="splats minus exact",
-            scale=alt.Scale(domain=[-1, -0.1, 0, 0.1, 1], range=LESS_TO_MORE, interpolate="rgb"),
-            legend=alt.Legend(values=[-1, -0.5, 0, 0.5, 1], gradientLength=180, format="~g"),
+            scale=alt.Scale(clamp=True, domain=[-0.3, -0.03, 0, 0.03, 0.3], range=LESS_TO_MORE, interpolate="rgb"),
+            legend=alt.Legend(values=[-0.3, -0.15, 0, 0.15, 0.3], gradientLength=180, format="~g"),
         )
     else:
         color = alt.Color(
@@ -328,7 +355,7 @@ def arms(evaluation: Evaluation) -> Any:
     return alt.layer(one, spread, value).properties(width="container", height=_ROW * (len(rows) + 1), autosize=_FIT)
 
 
-EXTRA_SHOWN = 1.0
+EXTRA_SHOWN = 0.5
 """Nats at which the colour of a token is full."""
 
 _LINE = 72

@@ -18,6 +18,9 @@ from gsa_jax.inspection.measuring import KEPT, NEAR, HeadPicture
 UNIT = 65_535
 """A weight of 1, as it is written."""
 
+_FLATTEST = 0.5
+"""Height of a plane, as it is drawn, by its width, at least."""
+
 _CONTEXT = 6
 """Tokens shown on either side of one."""
 
@@ -37,7 +40,7 @@ def head_data(head: HeadPicture, shares: Sequence[float]) -> dict[str, Any]:
         "via": _packed(head.via.astype("<i2")),
         "through": _packed(np.round(head.through * UNIT).astype("<u2")),
         "explained": head.plane.explained.tolist(),
-        "reach": reach(head),
+        "frame": frame(head),
         "points": point_rows(head),
         "circles": splat_rows(head, shares),
         "moves": move_rows(head),
@@ -126,11 +129,13 @@ def move_rows(head: HeadPicture) -> list[dict[str, Any]]:
     ]
 
 
-def reach(head: HeadPicture) -> float:
-    """How far the plane is drawn to all sides: to all queries and keys, and to most splats."""
+def frame(head: HeadPicture) -> tuple[float, float]:
+    """How far the plane is drawn across and up: to all queries and keys, and to most splats, with the same unit."""
     plane = head.plane
-    points = np.abs(np.concatenate([plane.query, plane.key])).max()
-    return round(1.08 * float(max(points, np.quantile(np.abs(plane.centers), 0.95))), 3)
+    points = np.abs(np.concatenate([plane.query, plane.key])).max(axis=0)
+    across, up = np.maximum(points, np.quantile(np.abs(plane.centers), 0.95, axis=(0, 1))) * 1.08
+    across = max(across, up)
+    return round(float(across), 3), round(float(max(up, _FLATTEST * across)), 3)
 
 
 def _rounded(x: np.ndarray) -> np.ndarray:

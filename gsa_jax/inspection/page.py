@@ -63,6 +63,7 @@ def _render(found: Inspection, heads: tuple[HeadPicture, ...]) -> str:
     page = {
         "tokens": packing.token_rows(found.tokens),
         "heads": [packing.head_data(head, shares[head.layer, head.head]) for head in heads],
+        "first": _first(found, heads),
         "unit": packing.UNIT,
         "colors": {"near": charts.NEAR_COLOR, "kept": charts.KEPT_COLOR, "far": charts.FAR_COLOR},
         "differences": charts.LESS_TO_MORE,
@@ -104,6 +105,12 @@ def _render(found: Inspection, heads: tuple[HeadPicture, ...]) -> str:
         page=_json(page),
         specs=_json({name: charts.styled(chart).to_dict() for name, chart in drawn.items()}),
     )
+
+
+def _first(found: Inspection, heads: tuple[HeadPicture, ...]) -> int:
+    """The head that is shown first: the one with most weight through splats."""
+    masses = {(head.layer, head.head): head.far_mass for head in found.diagnostics.heads}
+    return int(np.argmax([masses[head.layer, head.head] for head in heads]))
 
 
 def _json(value: Any) -> Markup:

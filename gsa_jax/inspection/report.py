@@ -87,15 +87,15 @@ def _figures(found: Inspection) -> Iterator[tuple[str, Any]]:
     for number, losses in enumerate(found.losses):
         yield f"text-{number}", charts.colored_text(losses)
     for head in found.heads:
-        where, reach = f"layer{head.layer}-head{head.head}", packing.reach(head)
+        where, frame = f"layer{head.layer}-head{head.head}", packing.frame(head)
         splats = packing.splat_rows(head, shares[head.layer, head.head])
-        yield f"atlas-{where}", charts.atlas(packing.point_rows(head), splats, tokens, reach)
+        yield f"atlas-{where}", charts.atlas(packing.point_rows(head), splats, tokens, frame)
         pairs = packing.pair_rows(head)
         fields = {"exact": "exact attention", "weights": "with splats", "difference": "difference"}
         maps = [charts.heatmap(field, title, pairs, tokens) for field, title in fields.items()]
         yield f"attention-{where}", altair.hconcat(*maps).resolve_scale(color="independent")
         if len(found.stages) > 1:
-            yield f"moves-{where}", charts.moves(len(found.stages) - 1, packing.move_rows(head), reach)
+            yield f"moves-{where}", charts.moves(len(found.stages) - 1, packing.move_rows(head), frame)
 
 
 def _draw(chart: Any, path: Path) -> None:
