@@ -53,7 +53,7 @@ def inspect(
     try:
         from gsa_jax.inspection.page import render
     except ModuleNotFoundError as error:
-        if error.name not in ("altair", "vl_convert"):
+        if error.name not in ("altair", "jinja2", "markupsafe", "vl_convert"):
             raise
         raise InputError(f"pages and figures need {error.name}; pip install 'gsa-jax[inspect]'") from None
     for path in (out, figures):
