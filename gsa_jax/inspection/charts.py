@@ -1,4 +1,4 @@
-"""The charts, as Vega-Lite through Altair: with their rows for a figure, or with names that the page's script fills.
+"""The charts, as Vega-Lite through Altair. Those of a head name their datasets, which a page's script or a figure fills.
 
 Colours are those of Okabe and Ito (2008), "Color Universal Design", which people tell apart whatever kind of colour
 blindness they have. May be changed here: what a chart looks like.
@@ -6,7 +6,7 @@ blindness they have. May be changed here: what a chart looks like.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -39,13 +39,19 @@ _FIT = alt.AutoSizeParams(type="fit-x", contains="padding")
 Rows = Sequence[dict[str, Any]]
 
 
-def data(name: str, rows: Rows | None = None) -> alt.NamedData | alt.InlineData:
-    """Rows of a chart, or their name alone."""
-    return alt.NamedData(name) if rows is None else alt.InlineData(values=list(rows), name=name)
+def specification(chart: Any, datasets: Mapping[str, Rows] | None = None) -> dict[str, Any]:
+    """A whole chart as Vega-Lite, with the page's type and lines.
+
+    Args:
+        datasets: rows by the names that the chart has for them. Altair would check each row of them, for minutes.
+    """
+    spec = _styled(chart).to_dict()
+    if datasets:
+        spec["datasets"] = {**spec.get("datasets", {}), **datasets}
+    return spec
 
 
-def styled(chart: Any) -> Any:
-    """A whole chart with the page's type and lines."""
+def _styled(chart: Any) -> Any:
     return (
         chart.configure(font="system-ui, 'DejaVu Sans', sans-serif", background="white")
         .configure_axis(
@@ -64,9 +70,9 @@ def styled(chart: Any) -> Any:
     )
 
 
-def _tokens(chart: Any, field: str, names: Sequence[str], tokens: Rows | None) -> Any:
+def _tokens(chart: Any, field: str, names: Sequence[str]) -> Any:
     """Looks up what is known of the token at a position."""
-    source = alt.LookupData(data=data("tokens", tokens), key="position", fields=["token", "context"])
+    source = alt.LookupData(data=alt.NamedData("tokens"), key="position", fields=["token", "context"])
     return chart.transform_lookup(lookup=field, from_=source, as_=list(names))
 
 
@@ -90,18 +96,13 @@ def _framed(chart: Any, frame: tuple[float, float]) -> Any:
     return chart.add_params(*params).properties(width=_SIDE, height=round(_SIDE * frame[1] / frame[0]))
 
 
-def atlas(
-    points: Rows | None = None,
-    splats: Rows | None = None,
-    tokens: Rows | None = None,
-    frame: tuple[float, float] = (1, 1),
-) -> Any:
-    """Queries, keys and splats of a head in their plane."""
+def atlas(frame: tuple[float, float] = (1, 1)) -> Any:
+    """Queries, keys and splats of a head in their plane; of datasets `points`, `circles` and `tokens`."""
     across, up = _plane_axes()
     x, y = alt.X("x:Q", **across), alt.Y("y:Q", **up)
     hovered = alt.selection_point(name="hovered", on="pointerover", fields=["splat"], empty=False, clear="pointerout")
     circles = (
-        alt.Chart(data("circles", splats))
+        alt.Chart(alt.NamedData("circles"))
         .transform_calculate(angle="sequence(0, 6.4, 0.2)")
         .transform_flatten(["angle"])
         .transform_calculate(
@@ -118,7 +119,7 @@ def atlas(
         )
     )
     marks = (
-        _tokens(alt.Chart(data("points", points)), "position", ("token", "context"), tokens)
+        _tokens(alt.Chart(alt.NamedData("points")), "position", ("token", "context"))
         .mark_point(clip=True, filled=True, size=28, opacity=0.8)
         .encode(
             x,
@@ -138,7 +139,7 @@ def atlas(
         )
     )
     centers = (
-        alt.Chart(data("circles", splats))
+        alt.Chart(alt.NamedData("circles"))
         .mark_circle(clip=True, color=FAR_COLOR, opacity=0.85, stroke="white", strokeWidth=0.7)
         .encode(
             x,
@@ -167,10 +168,10 @@ def atlas(
     return _framed(alt.layer(circles, marks, centers), frame)
 
 
-def moves(last: int, rows: Rows | None = None, frame: tuple[float, float] = (1, 1)) -> Any:
-    """Where the splats of a head have been, from stage 0 to the last one, in the same plane."""
+def moves(last: int, frame: tuple[float, float] = (1, 1)) -> Any:
+    """Where the splats of a head have been, from stage 0 to the last one, in the same plane; of a dataset `moves`."""
     across, up = _plane_axes()
-    base = alt.Chart(data("moves", rows)).encode(alt.X("x:Q", **across), alt.Y("y:Q", **up))
+    base = alt.Chart(alt.NamedData("moves")).encode(alt.X("x:Q", **across), alt.Y("y:Q", **up))
     paths = base.mark_line(clip=True, color=FAR_COLOR, opacity=0.7, strokeWidth=1.2).encode(
         alt.Detail("splat:N"), alt.Order("stage:Q")
     )
@@ -185,8 +186,13 @@ def moves(last: int, rows: Rows | None = None, frame: tuple[float, float] = (1, 
     return _framed(alt.layer(paths, ends), frame)
 
 
-def heatmap(field: str, title: str, rows: Rows | None = None, tokens: Rows | None = None) -> Any:
-    """Weights of all queries and keys of a passage: `exact`, `weights` or their `difference`."""
+MAPS = {"exact": "exact attention", "weights": "with splats", "difference": "difference"}
+"""Fields of a dataset `pairs`, and their titles."""
+
+
+def heatmap(field: str, title: str) -> Any:
+    """Weights of all queries and keys of a passage: `exact`, `weights` or their `difference`; of datasets `pairs` and
+    `tokens`."""
     chosen = alt.param(name="chosen", value=-1)
     if field == "difference":
         color = alt.Color(
@@ -210,8 +216,8 @@ def heatmap(field: str, title: str, rows: Rows | None = None, tokens: Rows | Non
         "labelLimit": 64,
         "labelFontSize": 10,
     }
-    base = _tokens(alt.Chart(data("pairs", rows)), "query", ("query_token", "query_context"), tokens)
-    base = _tokens(base, "key", ("key_token", "key_context"), tokens).encode(
+    base = _tokens(alt.Chart(alt.NamedData("pairs")), "query", ("query_token", "query_context"))
+    base = _tokens(base, "key", ("key_token", "key_context")).encode(
         alt.X(
             "key:O",
             title="key",
@@ -219,7 +225,7 @@ def heatmap(field: str, title: str, rows: Rows | None = None, tokens: Rows | Non
         ),
         alt.Y("query:O", title="query", axis=alt.Axis(**axis)),
     )
-    cells = base.mark_rect().encode(
+    cells = base.mark_rect(aria=False).encode(
         color,
         tooltip=[
             alt.Tooltip("query_context:N", title="query"),
@@ -229,14 +235,16 @@ def heatmap(field: str, title: str, rows: Rows | None = None, tokens: Rows | Non
             alt.Tooltip("weights:Q", title="with splats", format=".4f"),
         ],
     )
-    row = base.transform_filter("datum.query == chosen").mark_rect(filled=False, stroke=INK, strokeWidth=0.5)
+    row = base.transform_filter("datum.query == chosen").mark_rect(
+        filled=False, stroke=INK, strokeWidth=0.5, aria=False
+    )
     return alt.layer(cells, row).add_params(chosen).properties(width=360, height=360, title=title)
 
 
-def splat_bars(rows: Rows | None = None) -> Any:
-    """The splats that carry most of a token's weight, `MOST_BARS` at most."""
+def splat_bars() -> Any:
+    """The splats that carry most of a token's weight, `MOST_BARS` at most; of a dataset `bars`."""
     return (
-        alt.Chart(data("bars", rows))
+        alt.Chart(alt.NamedData("bars"))
         .mark_bar(color=FAR_COLOR, size=_ROW - 5)
         .encode(
             alt.X("weight:Q", title="weight that goes through it", axis=alt.Axis(format="%", tickCount=4)),
@@ -261,7 +269,7 @@ def masses(diagnostics: Diagnostics) -> Any:
                 for n, (kind, mass) in enumerate(shares)
             ]
     return (
-        alt.Chart(data("masses", rows))
+        alt.Chart(alt.InlineData(values=rows))
         .mark_bar()
         .encode(
             alt.X("mass:Q", title="share of the weight", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
@@ -284,7 +292,7 @@ def usage(diagnostics: Diagnostics) -> Any:
         {"head": _short(head), "usage": head.usage, "dead": head.dead_splats, "splats": head.num_splats}
         for head in diagnostics.heads
     ]
-    base = alt.Chart(data("usage", rows)).encode(alt.Y("head:N", title=None, sort=None))
+    base = alt.Chart(alt.InlineData(values=rows)).encode(alt.Y("head:N", title=None, sort=None))
     tooltip = [
         alt.Tooltip("head:N"),
         alt.Tooltip("usage:Q", title="in use", format=".1f"),
@@ -309,7 +317,7 @@ def entropies(diagnostics: Diagnostics) -> Any:
         for head in diagnostics.heads
         for attention, entropy in (("exact", head.exact_entropy), ("with splats", head.entropy))
     ]
-    base = alt.Chart(data("entropies", rows)).encode(
+    base = alt.Chart(alt.InlineData(values=rows)).encode(
         alt.X("entropy:Q", title="0: a single key, 1: all keys alike", scale=alt.Scale(domain=[0, 1])),
         alt.Y("head:N", title=None, sort=None),
     )
@@ -336,7 +344,7 @@ def arms(evaluation: Evaluation) -> Any:
             continue
         low, high = arm.perplexity_ratio.interval or (arm.perplexity_ratio.value,) * 2
         rows.append({"arm": arm.name, "ratio": arm.perplexity_ratio.value, "low": low, "high": high})
-    base = alt.Chart(data("arms", rows)).encode(alt.Y("arm:N", title=None, sort=None))
+    base = alt.Chart(alt.InlineData(values=rows)).encode(alt.Y("arm:N", title=None, sort=None))
     low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
     room = 0.05 * (max(high, 1) - min(low, 1))
     scale = alt.Scale(nice=False, zero=False, domain=[min(low, 1) - room, max(high, 1) + room])
@@ -348,7 +356,7 @@ def arms(evaluation: Evaluation) -> Any:
         ],
     )
     one = (
-        alt.Chart(data("one", [{"one": 1}]))
+        alt.Chart(alt.InlineData(values=[{"one": 1}]))
         .mark_rule(color=EXACT_COLOR, strokeDash=[4, 3])
         .encode(alt.X("one:Q", scale=scale))
     )
@@ -371,7 +379,7 @@ def colored_text(losses: TokenLosses) -> Any:
             line, column = line + 1, 0
         rows.append({"from": column, "to": column + len(text), "line": line, "token": text.strip(), "extra": extra})
         column += len(text)
-    base = alt.Chart(data("text", rows)).encode(alt.Y("line:O", axis=None))
+    base = alt.Chart(alt.InlineData(values=rows)).encode(alt.Y("line:O", axis=None))
     boxes = base.mark_rect().encode(
         alt.X("from:Q", axis=None, scale=alt.Scale(domain=[0, _LINE], nice=False)),
         alt.X2("to:Q"),

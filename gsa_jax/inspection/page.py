@@ -28,6 +28,9 @@ from gsa_jax.inspection.measuring import HeadPicture, Inspection, TokenLosses
 LARGEST = 5_000_000
 """Bytes of a page."""
 
+_BESIDE = 500
+"""Bytes of a head beside its data, at most: its lines of lists and tables."""
+
 VEGA_LITE = ".".join(altair.VEGALITE_VERSION.lstrip("v").split(".")[:2])
 """The version that the charts are written for."""
 
@@ -45,24 +48,26 @@ _HURT = 15
 
 
 def render(found: Inspection) -> str:
-    """The page, with fewer heads where it would be larger than `LARGEST`."""
-    heads = found.heads
-    while True:
-        html = _render(found, heads)
-        if len(html.encode()) <= LARGEST:
-            return html
-        if len(heads) == 1:
-            raise InputError(
-                f"the page would be larger than {LARGEST:,} bytes; give a smaller window or fewer kept keys"
-            )
-        heads = heads[::2]
+    """The page, with as many heads as it holds within `LARGEST`, of all layers alike.
 
-
-def _render(found: Inspection, heads: tuple[HeadPicture, ...]) -> str:
+    Raises:
+        InputError: it does not hold a single one.
+    """
     shares = {(head.layer, head.head): head.shares for head in found.diagnostics.heads}
+    packed = [packing.head_data(head, shares[head.layer, head.head]) for head in found.heads]
+    largest = max(len(_json(data)) for data in packed) + _BESIDE
+    room = LARGEST - len(_render(found, found.heads[:1], packed[:1]).encode())
+    if room < 0:
+        raise InputError(f"the page would be larger than {LARGEST:,} bytes; give a smaller --window or --kept")
+    count = min(len(packed), 1 + room // largest)
+    chosen = np.linspace(0, len(packed) - 1, count).round().astype(int).tolist()
+    return _render(found, tuple(found.heads[n] for n in chosen), [packed[n] for n in chosen])
+
+
+def _render(found: Inspection, heads: tuple[HeadPicture, ...], packed: list[dict[str, Any]]) -> str:
     page = {
         "tokens": packing.token_rows(found.tokens),
-        "heads": [packing.head_data(head, shares[head.layer, head.head]) for head in heads],
+        "heads": packed,
         "first": _first(found, heads),
         "unit": packing.UNIT,
         "colors": {"near": charts.NEAR_COLOR, "kept": charts.KEPT_COLOR, "far": charts.FAR_COLOR},
@@ -70,9 +75,7 @@ def _render(found: Inspection, heads: tuple[HeadPicture, ...]) -> str:
     }
     drawn = {
         "atlas": charts.atlas(),
-        "exact": charts.heatmap("exact", "exact attention"),
-        "weights": charts.heatmap("weights", "with splats"),
-        "difference": charts.heatmap("difference", "difference"),
+        **{field: charts.heatmap(field, title) for field, title in charts.MAPS.items()},
         "bars": charts.splat_bars(),
         "masses": charts.masses(found.diagnostics),
         "usage": charts.usage(found.diagnostics),
@@ -103,7 +106,7 @@ def _render(found: Inspection, heads: tuple[HeadPicture, ...]) -> str:
         more=charts.LESS_TO_MORE[-2],
         scripts=Markup(vl_convert.javascript_bundle(vl_version=VEGA_LITE)),
         page=_json(page),
-        specs=_json({name: charts.styled(chart).to_dict() for name, chart in drawn.items()}),
+        specs=_json({name: charts.specification(chart) for name, chart in drawn.items()}),
     )
 
 

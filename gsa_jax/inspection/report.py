@@ -18,6 +18,9 @@ from gsa_jax.inspection.measuring import Inspection, measure
 from gsa_jax.progress import Progress
 from gsa_jax.text_files import Text
 
+_SEEN = 5e-4
+"""Weights below are white, and left out of figures, each of which is an element of an SVG."""
+
 _MOST_BYTES = 64 * 2**20
 """That figures are expected to take."""
 
@@ -64,8 +67,8 @@ def inspect(
         found = measure(folder, text, compare=compare, window=window, kept=kept, progress=progress)
         staging.write_text(render(found), encoding="utf-8")
         if drawn is not None:
-            for name, chart in _figures(found):
-                _draw(chart, drawn / name)
+            for name, spec in _figures(found):
+                _draw(spec, drawn / name)
     return found
 
 
@@ -73,37 +76,39 @@ def _folder_or_none(folder: Path | None) -> contextlib.AbstractContextManager[Pa
     return contextlib.nullcontext() if folder is None else new_folder(folder, needed_bytes=_MOST_BYTES)
 
 
-def _figures(found: Inspection) -> Iterator[tuple[str, Any]]:
-    """Names and charts of all figures."""
+def _figures(found: Inspection) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and specifications of all figures."""
     import altair
 
     from gsa_jax.inspection import charts, packing
 
-    shares = {(head.layer, head.head): head.shares for head in found.diagnostics.heads}
-    tokens = packing.token_rows(found.tokens)
+    width = 520
     for name in ("masses", "usage", "entropies"):
-        yield name, getattr(charts, name)(found.diagnostics).properties(width=520)
-    yield "arms", charts.arms(found.evaluation).properties(width=520)
+        yield name, charts.specification(getattr(charts, name)(found.diagnostics).properties(width=width))
+    yield "arms", charts.specification(charts.arms(found.evaluation).properties(width=width))
     for number, losses in enumerate(found.losses):
-        yield f"text-{number}", charts.colored_text(losses)
+        yield f"text-{number}", charts.specification(charts.colored_text(losses))
+    shares = {(head.layer, head.head): head.shares for head in found.diagnostics.heads}
+    maps = altair.hconcat(*(charts.heatmap(field, title) for field, title in charts.MAPS.items()))
+    maps = maps.resolve_scale(color="independent")
+    tokens = packing.token_rows(found.tokens)
     for head in found.heads:
         where, frame = f"layer{head.layer}-head{head.head}", packing.frame(head)
-        splats = packing.splat_rows(head, shares[head.layer, head.head])
-        yield f"atlas-{where}", charts.atlas(packing.point_rows(head), splats, tokens, frame)
-        pairs = packing.pair_rows(head)
-        fields = {"exact": "exact attention", "weights": "with splats", "difference": "difference"}
-        maps = [charts.heatmap(field, title, pairs, tokens) for field, title in fields.items()]
-        yield f"attention-{where}", altair.hconcat(*maps).resolve_scale(color="independent")
+        circles = packing.splat_rows(head, shares[head.layer, head.head])
+        points = {"points": packing.point_rows(head), "circles": circles, "tokens": tokens}
+        yield f"atlas-{where}", charts.specification(charts.atlas(frame), points)
+        pairs = [row for row in packing.pair_rows(head) if max(row["exact"], row["weights"]) >= _SEEN]
+        yield f"attention-{where}", charts.specification(maps, {"pairs": pairs, "tokens": tokens})
         if len(found.stages) > 1:
-            yield f"moves-{where}", charts.moves(len(found.stages) - 1, packing.move_rows(head), frame)
+            moves = charts.moves(len(found.stages) - 1, frame)
+            yield f"moves-{where}", charts.specification(moves, {"moves": packing.move_rows(head)})
 
 
-def _draw(chart: Any, path: Path) -> None:
+def _draw(spec: dict[str, Any], path: Path) -> None:
     import vl_convert
 
-    from gsa_jax.inspection import charts
     from gsa_jax.inspection.page import VEGA_LITE
 
-    spec = charts.styled(chart).to_dict()
-    path.with_suffix(".svg").write_text(vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE), encoding="utf-8")
-    path.with_suffix(".png").write_bytes(vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=2))
+    svg = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
+    path.with_suffix(".svg").write_text(svg, encoding="utf-8")
+    path.with_suffix(".png").write_bytes(vl_convert.svg_to_png(svg, scale=2))

@@ -3,6 +3,7 @@
 Its numbers are compared with float64 rows of attention; Chromium is driven by Playwright.
 """
 
+import dataclasses
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from gsa_jax.checkpoint import load_tensors, save, tokenizer_files
 from gsa_jax.convert import convert
 from gsa_jax.inspection import inspect
 from gsa_jax.inspection.measuring import Inspection
-from gsa_jax.inspection.page import LARGEST
+from gsa_jax.inspection.page import LARGEST, render
 from helpers.attention_oracle import far_keys, head_splats, hf_queries_and_keys, row_weights
 from helpers.texts import STORIES
 
@@ -209,3 +210,25 @@ def test_figures(made: Made) -> None:
     for path in made.figures.iterdir():
         start = path.read_bytes()[:8]
         assert start.startswith(b"<svg") or start == b"\x89PNG\r\n\x1a\n", path
+
+
+def test_a_model_of_many_heads_stays_small(made: Made) -> None:
+    """Layers as if there were twelve of each: some heads of all of them are drawn, which the page says."""
+    found, times = made.found, 12
+    layers = [(n, head.layer) for n in range(times) for head in found.heads[::4]]
+
+    def repeated(heads: tuple[Any, ...]) -> tuple[Any, ...]:
+        of_layer = {layer: [head for head in heads if head.layer == layer] for layer in (0, 2)}
+        return tuple(
+            dataclasses.replace(head, layer=number)
+            for number, (_, layer) in enumerate(layers)
+            for head in of_layer[layer]
+        )
+
+    diagnostics = dataclasses.replace(found.diagnostics, heads=repeated(found.diagnostics.heads))
+    heads = repeated(found.heads)
+    html = render(dataclasses.replace(found, heads=heads, all_heads=len(heads), diagnostics=diagnostics))
+    drawn = re.findall(r"<option value=.*?>layer (\d+), head \d</option>", html)
+    assert LARGEST * 0.8 < len(html.encode()) <= LARGEST
+    assert f"{len(drawn)} of {len(heads)} heads" in html
+    assert len(set(drawn)) == 2 * times
