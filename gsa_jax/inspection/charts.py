@@ -1,4 +1,4 @@
-"""The charts, as Vega-Lite through Altair. Those of a head name their datasets, which a page's script or a figure fills.
+"""The charts, as Vega-Lite through Altair. Those of a head name their datasets; the page's script or a figure fills them.
 
 Colours are those of Okabe and Ito (2008), "Color Universal Design", which people tell apart whatever kind of colour
 blindness they have. May be changed here: what a chart looks like.
@@ -103,7 +103,7 @@ def atlas(frame: tuple[float, float] = (1, 1)) -> Any:
     hovered = alt.selection_point(name="hovered", on="pointerover", fields=["splat"], empty=False, clear="pointerout")
     circles = (
         alt.Chart(alt.NamedData("circles"))
-        .transform_calculate(angle="sequence(0, 6.4, 0.2)")
+        .transform_calculate(angle="sequence(0, 6.5, 0.2)")
         .transform_flatten(["angle"])
         .transform_calculate(
             edge_x="datum.x + datum.sigma * cos(datum.angle)", edge_y="datum.y + datum.sigma * sin(datum.angle)"
@@ -199,7 +199,7 @@ def heatmap(field: str, title: str) -> Any:
             "difference:Q",
             title="splats minus exact",
             scale=alt.Scale(clamp=True, domain=[-0.3, -0.03, 0, 0.03, 0.3], range=LESS_TO_MORE, interpolate="rgb"),
-            legend=alt.Legend(values=[-0.3, -0.15, 0, 0.15, 0.3], gradientLength=180, format="~g"),
+            legend=alt.Legend(values=[-0.3, 0, 0.3], gradientLength=180, format="~g"),
         )
     else:
         color = alt.Color(
@@ -394,7 +394,7 @@ def colored_text(losses: TokenLosses) -> Any:
 
 def extra_scale() -> alt.Scale:
     """Colours of a difference of losses in nats."""
-    return alt.Scale(domain=[-EXTRA_SHOWN, EXTRA_SHOWN], range=LESS_TO_MORE[1:-1], clamp=True)
+    return alt.Scale(domain=[-EXTRA_SHOWN, 0, EXTRA_SHOWN], range=LESS_TO_MORE[1:-1], interpolate="rgb", clamp=True)
 
 
 def _short(head: Any) -> str:

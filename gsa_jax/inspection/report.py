@@ -21,7 +21,7 @@ from gsa_jax.text_files import Text
 _SEEN = 5e-4
 """Weights below are white, and left out of figures, each of which is an element of an SVG."""
 
-_MOST_BYTES = 64 * 2**20
+_MOST_BYTES = 256 * 2**20
 """That figures are expected to take."""
 
 
