@@ -1,4 +1,4 @@
-"""The charts, as Vega-Lite through Altair. Those of a head name their datasets; the page's script or a figure fills them.
+"""The charts, as Vega-Lite through Altair. Those of a head name their datasets, to be filled later.
 
 Colours are those of Okabe and Ito (2008), "Color Universal Design", which people tell apart whatever kind of colour
 blindness they have. May be changed here: what a chart looks like.

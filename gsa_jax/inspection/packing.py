@@ -67,7 +67,9 @@ def token_rows(tokens: Sequence[str]) -> list[dict[str, Any]]:
 
     def around(place: int) -> str:
         before, after = shown[max(0, place - _CONTEXT) : place], shown[place + 1 : place + 1 + _CONTEXT]
-        return f"{''.join(before)} [{shown[place].strip() or shown[place]}] {''.join(after).strip()}".strip()
+        word = shown[place].lstrip(" ")
+        space = " " * (len(shown[place]) - len(word))
+        return f"{''.join(before)}{space}[{word}]{''.join(after)}".strip()
 
     return [{"position": n, "token": token, "context": around(n)} for n, token in enumerate(shown)]
 
