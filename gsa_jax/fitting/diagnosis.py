@@ -78,11 +78,11 @@ class HeadDiagnostics:
         far_mass: weight that they get through the splats.
         exact_kept_mass: weight that exact attention gives to kept keys; what is left is the window's.
         kept_mass: weight that they get beside the splats.
-        shares: of each splat in the weight that goes through splats; they sum to 1, or to 0 if there is no weight.
         usage: how many splats that weight goes through, as a perplexity between 1 and S; 0 if there is no weight.
         dead_splats: how many carry less than a hundredth of an equal share of it.
         centers_gradient: norm of the gradient of the language-modelling loss in the centres.
         log_scales_gradient: the same in the logarithms of the scales.
+        shares: of each splat in the weight that goes through splats; they sum to 1, or to 0 if there is no weight.
         kept_words: those that are kept the longest, summed over all their occurrences.
     """
 
@@ -95,12 +95,12 @@ class HeadDiagnostics:
     far_mass: float
     exact_kept_mass: float
     kept_mass: float
-    shares: tuple[float, ...]
     usage: float
     dead_splats: int
     num_splats: int
     centers_gradient: float
     log_scales_gradient: float
+    shares: tuple[float, ...]
     kept_words: tuple[KeptWord, ...]
 
     @property
@@ -208,7 +208,6 @@ def diagnose_model(
             through.far_mass,
             mean_mass(exact_log_weights(rows, seen=seen), kept),
             mean_mass(splat_log_weights(rows, splats, far)[0], kept),
-            usage,
             effective_splats(usage),
             dead_splats(usage),
             np.full(config.num_heads, own.num_splats),
@@ -221,8 +220,8 @@ def diagnose_model(
         ]
         for head, values in enumerate(zip(*(np.asarray(column).tolist() for column in columns), strict=True)):
             kept_words = most_kept(words, [of_row[head] for of_row in durations])
-            values = (tuple(value) if isinstance(value, list) else value for value in values)
-            heads.append(HeadDiagnostics(layer, head, *values, kept_words=kept_words))
+            shares = tuple(usage[head].tolist())
+            heads.append(HeadDiagnostics(layer, head, *values, shares=shares, kept_words=kept_words))
     return Diagnostics(config.splats, int(attention_mask.sum()), float(loss), tuple(heads))
 
 

@@ -96,7 +96,7 @@ def _framed(chart: Any, frame: tuple[float, float]) -> Any:
     return chart.add_params(*params).properties(width=_SIDE, height=round(_SIDE * frame[1] / frame[0]))
 
 
-def atlas(frame: tuple[float, float] = (1, 1)) -> Any:
+def atlas(frame: tuple[float, float] = (1.0, 1.0)) -> Any:
     """Queries, keys and splats of a head in their plane; of datasets `points`, `circles` and `tokens`."""
     across, up = _plane_axes()
     x, y = alt.X("x:Q", **across), alt.Y("y:Q", **up)
@@ -168,7 +168,7 @@ def atlas(frame: tuple[float, float] = (1, 1)) -> Any:
     return _framed(alt.layer(circles, marks, centers), frame)
 
 
-def moves(last: int, frame: tuple[float, float] = (1, 1)) -> Any:
+def moves(last: int, frame: tuple[float, float] = (1.0, 1.0)) -> Any:
     """Where the splats of a head have been, from stage 0 to the last one, in the same plane; of a dataset `moves`."""
     across, up = _plane_axes()
     base = alt.Chart(alt.NamedData("moves")).encode(alt.X("x:Q", **across), alt.Y("y:Q", **up))
