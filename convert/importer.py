@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +25,18 @@ from gsa_jax.checkpoint import (
     save,
     tokenizer_files,
 )
-from gsa_jax.config import DTYPES, GPTNeoConfig, SplatConfig, carried_fields, read_config_values
-from gsa_jax.convert.folder import refuse_impostor
+from gsa_jax.config import DTYPES, GPTNeoConfig, carried_fields, read_config_values
+from gsa_jax.convert.folder import refuse_stand_in
 from gsa_jax.convert.names import Plan, plan
 from gsa_jax.convert.reader import Source, SourceTensor, open_source
 from gsa_jax.convert.splat_folder import read_splats
 from gsa_jax.errors import InputError, listed
 from gsa_jax.files import refuse_existing, refuse_full_disk
+from gsa_jax.generation_config import GENERATION_CONFIG_FILE
 from gsa_jax.parameters import TOKEN_EMBEDDING, attention_tensor, is_splat
 from gsa_jax.progress import Progress
 from gsa_jax.sharding import require_backend
+from gsa_jax.splat_config import SplatConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,7 @@ class ConversionReport:
 
     Attributes:
         source: as the user named it.
+        hub_id: `owner/name`, if it came from a hub.
         dialect: of the source's splat names, `"plain"` if it has none.
         tensors: in the checkpoint, splats included.
         parameters: in the checkpoint.
@@ -58,6 +62,7 @@ class ConversionReport:
     """
 
     source: str
+    hub_id: str | None
     dialect: str
     tensors: int
     parameters: int
@@ -106,10 +111,88 @@ def convert(
     """
     out = Path(out)
     refuse_existing(out)
+    conversion = open_conversion(
+        open_source(source, revision=revision, subfolder=subfolder),
+        splats=splats,
+        dtype=dtype,
+        allow_nonfinite=allow_nonfinite,
+        tokenizer=tokenizer,
+    )
+    refuse_full_disk(out, conversion.source_bytes)
+    tensors = conversion.read(progress)
+    report = conversion.report(str(source), tensors)
+    save(out, conversion.config, tensors, copied=conversion.copied, reports=conversion.reports(report))
+    return report
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """A source whose tensors have not been read, but are known to be those of a model.
+
+    Attributes:
+        config: of the model, with the splats that the source carries or that are attached to it.
+        copied: files that go with the weights.
+        opened: the source.
+        planned: which of its tensors is which parameter.
+        attached: parameters that do not come from it.
+        dtype: that parameters are converted to; as they are stored if None.
+        allow_nonfinite: whether weights may be NaN or infinite.
+    """
+
+    config: GPTNeoConfig
+    copied: list[Path]
+    opened: Source
+    planned: Plan
+    attached: dict[str, np.ndarray]
+    dtype: str | None
+    allow_nonfinite: bool
+
+    @property
+    def source_bytes(self) -> int:
+        """Of the tensors that come from the source, in the dtype that they are converted to."""
+        stored = [self.opened.tensors[name] for name in self.planned.sources.values()]
+        return sum(tensor.size * jnp.dtype(self.dtype or tensor.dtype).itemsize for tensor in stored)
+
+    def read(self, progress: Progress = iter) -> dict[str, np.ndarray]:
+        """The parameters of the model by their names, read one by one.
+
+        Raises:
+            InputError: a file is damaged, weights are not finite, or the head is not tied to the embedding.
+        """
+        read = _read(self.opened, self.planned, self.dtype, self.allow_nonfinite, progress)
+        return dict(read) | self.attached
+
+    def report(self, source: str, tensors: dict[str, np.ndarray]) -> ConversionReport:
+        """What there is to say of it.
+
+        Args:
+            source: as the user named it.
+            tensors: that `read` gave.
+        """
+        return _report(source, self.opened, self.planned, tensors, self.attached, self.copied)
+
+    def reports(self, report: ConversionReport) -> dict[str, dict[str, Any]]:
+        """Files that are written beside the weights: this report, and fields that the model has no use for."""
+        carried = carried_fields(read_config_values(self.opened.folder / CONFIG_FILE))
+        return {REPORT_FILE: dataclasses.asdict(report)} | ({CARRIED_FILE: carried} if carried else {})
+
+
+def open_conversion(
+    opened: Source,
+    *,
+    splats: SplatConfig | Path | None = None,
+    dtype: str | None = None,
+    allow_nonfinite: bool = False,
+    tokenizer: Path | None = None,
+) -> Conversion:
+    """Finds out which tensor of a source is which parameter; the arguments are those of `convert`.
+
+    Raises:
+        InputError: the source is not a GPT-Neo, or does not go with what is to be added to it.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
     require_backend()
-    opened = open_source(source, revision=revision, subfolder=subfolder)
     copied = _copied_files(opened.folder, tokenizer, opened.config)
     try:
         planned = plan(opened.config, {name: tensor.shape for name, tensor in opened.tensors.items()})
@@ -118,14 +201,7 @@ def convert(
         raise InputError(f"{files.pop() if len(files) == 1 else opened.folder}: {error}") from None
     _check_dtypes(opened, planned)
     config, attached = _attach(planned.config, splats, dtype or _common_dtype(opened, planned))
-    stored = [opened.tensors[name] for name in planned.sources.values()]
-    refuse_full_disk(out, sum(tensor.size * jnp.dtype(dtype or tensor.dtype).itemsize for tensor in stored))
-    tensors = dict(_read(opened, planned, dtype, allow_nonfinite, progress)) | attached
-    report = _report(str(source), opened, planned, tensors, attached, copied)
-    carried = carried_fields(read_config_values(opened.folder / CONFIG_FILE))
-    reports = {REPORT_FILE: dataclasses.asdict(report)} | ({CARRIED_FILE: carried} if carried else {})
-    save(out, config, tensors, copied=copied, reports=reports)
-    return report
+    return Conversion(config, copied, opened, planned, attached, dtype, allow_nonfinite)
 
 
 def read_tensors(source: Source, planned: Plan) -> dict[str, np.ndarray]:
@@ -170,7 +246,7 @@ def _check_tied(embedding: SourceTensor, head: SourceTensor, array: np.ndarray, 
 
 def _copied_files(folder: Path, tokenizer: Path | None, config: GPTNeoConfig) -> list[Path]:
     """The files that go with the weights, the tokenizer's own or from another folder."""
-    files = [file for file in tokenizer_files(folder) if file.name != CARRIED_FILE]
+    files = tokenizer_files(folder)
     if tokenizer is not None:
         if has_tokenizer(folder):
             raise InputError(f"{folder}: has a tokenizer; leave --tokenizer out")
@@ -180,11 +256,11 @@ def _copied_files(folder: Path, tokenizer: Path | None, config: GPTNeoConfig) ->
                 f"{tokenizer}: its tokenizer has {size} tokens, the model {config.vocab_size}; give its own"
             )
         own = {file.name for file in files}
-        not_its = {*own, CARRIED_FILE, "generation_config.json"}
+        not_its = {*own, GENERATION_CONFIG_FILE}
         files += [file for file in tokenizer_files(tokenizer) if file.name not in not_its]
     for file in files:
         if file.is_file():
-            refuse_impostor(file)
+            refuse_stand_in(file)
     return files
 
 
@@ -244,6 +320,7 @@ def _report(
     dtypes = [str(tensor.dtype) for tensor in tensors.values()]
     return ConversionReport(
         source=source,
+        hub_id=opened.hub_id,
         dialect=planned.dialect,
         tensors=len(tensors),
         parameters=sum(tensor.size for tensor in tensors.values()),

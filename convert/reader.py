@@ -17,8 +17,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gsa_jax.config import GPTNeoConfig
-from gsa_jax.convert.folder import check_config, refuse_impostor, weight_files
-from gsa_jax.convert.hub import find_folder
+from gsa_jax.convert.folder import check_config, refuse_checkpoint, refuse_stand_in, weight_files
+from gsa_jax.convert.hub import FoundFolder, find_folder
 from gsa_jax.convert.torch_files import open_torch_file
 from gsa_jax.errors import InputError
 
@@ -53,6 +53,7 @@ class Source:
     Attributes:
         files: that hold the tensors, and their index if there is one.
         containers: a phrase for each file whose state dict stood in another dict: what it was taken out of.
+        hub_id: `owner/name`, if the folder came from a hub.
     """
 
     folder: Path
@@ -60,6 +61,7 @@ class Source:
     tensors: dict[str, SourceTensor]
     files: tuple[Path, ...]
     containers: tuple[str, ...]
+    hub_id: str | None
 
 
 def open_source(source: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Source:
@@ -75,7 +77,17 @@ def open_source(source: str | Path, *, revision: str | None = None, subfolder: s
     Raises:
         InputError: there is no such folder, or what it holds cannot be read as a GPT-Neo checkpoint.
     """
-    folder = find_folder(str(source), revision=revision, subfolder=subfolder)
+    return open_folder(find_folder(str(source), revision=revision, subfolder=subfolder))
+
+
+def open_folder(found: FoundFolder) -> Source:
+    """The same of a folder that has been found.
+
+    Raises:
+        InputError: what it holds cannot be read as a GPT-Neo checkpoint.
+    """
+    folder = found.path
+    refuse_checkpoint(folder, {path.name for path in folder.iterdir()})
     config = check_config(folder)
     files = weight_files(folder)
     tensors: dict[str, SourceTensor] = {}
@@ -83,7 +95,7 @@ def open_source(source: str | Path, *, revision: str | None = None, subfolder: s
     for file in files:
         if file.suffix == ".json":
             continue
-        refuse_impostor(file)
+        refuse_stand_in(file)
         if file.stat().st_size == 0:
             raise InputError(f"{file}: the file is empty")
         opened = _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file, containers)
@@ -93,7 +105,7 @@ def open_source(source: str | Path, *, revision: str | None = None, subfolder: s
             tensors[name] = tensor
     if not tensors:
         raise InputError(f"{folder}: its weight files hold no tensors")
-    return Source(folder, config, tensors, tuple(files), tuple(containers))
+    return Source(folder, config, tensors, tuple(files), tuple(containers), found.hub_id)
 
 
 def _open_safetensors(file: Path) -> dict[str, SourceTensor]:
