@@ -40,7 +40,7 @@ def ours(folder: str, context: int, splats: dict[str, Any] | None) -> Callable[[
 
     from gsa_jax.attention import init_splats
     from gsa_jax.parameters import attention_tensor, build_model, named_parameters
-    from gsa_jax.splat_config import SPLAT_PRESETS, SplatConfig
+    from gsa_jax.splat_config import SPLAT_PRESETS
     from gsa_jax.train.config import OptimizerConfig
     from gsa_jax.train.objectives import cross_entropy
     from gsa_jax.train.optimizer import make_optimizer
