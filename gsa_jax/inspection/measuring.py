@@ -58,7 +58,10 @@ _ROWS = 32
 """Queries of the passage that are in memory together."""
 
 _LOSS_TOKENS = 1_200
-"""Whose losses are shown one by one."""
+"""After as many, no further row of text has its losses shown one by one."""
+
+_SHORT = 16
+"""Tokens of a row; a mean over fewer would not mean much."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,9 +304,9 @@ def _dearest(
     extra = np.where(predicted, losses["hybrid"] - losses["exact"], 0).sum(axis=1, dtype=np.float64)
     counts, shown = predicted.sum(axis=1), 0
     for row in np.argsort(-extra / np.maximum(counts, 1), kind="stable").tolist():
-        if counts[row] < _ROWS:  # too short for an average that means something
+        count = int(counts[row])
+        if count < _SHORT:
             continue
-        count = int(min(counts[row], _LOSS_TOKENS - shown))
         yield TokenLosses(
             labels(rows.input_ids[row, : count + 1]),
             *(losses[arm][row, :count].astype(np.float64) for arm in ("exact", "hybrid")),

@@ -22,7 +22,7 @@ from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.evaluation.intervals import Estimate
 from gsa_jax.evaluation.perplexity import Evaluation
-from gsa_jax.inspection import charts, packing
+from gsa_jax.inspection import head_charts, model_charts, packing, style
 from gsa_jax.inspection.measuring import HeadPicture, Inspection, TokenLosses
 
 LARGEST = 5_000_000
@@ -70,20 +70,20 @@ def _render(found: Inspection, heads: tuple[HeadPicture, ...], packed: list[dict
         "heads": packed,
         "first": _first(found, heads),
         "unit": packing.UNIT,
-        "colors": {"near": charts.NEAR_COLOR, "kept": charts.KEPT_COLOR, "far": charts.FAR_COLOR},
-        "differences": charts.LESS_TO_MORE,
+        "colors": {"near": style.NEAR_COLOR, "kept": style.KEPT_COLOR, "far": style.FAR_COLOR},
+        "differences": style.LESS_TO_MORE,
     }
     drawn = {
-        "atlas": charts.atlas(),
-        **{field: charts.heatmap(field, title) for field, title in charts.MAPS.items()},
-        "bars": charts.splat_bars(),
-        "masses": charts.masses(found.diagnostics),
-        "usage": charts.usage(found.diagnostics),
-        "entropies": charts.entropies(found.diagnostics),
-        "arms": charts.arms(found.evaluation),
+        "atlas": head_charts.atlas(),
+        **{field: head_charts.heatmap(field, title) for field, title in head_charts.MAPS.items()},
+        "bars": head_charts.splat_bars(),
+        "masses": model_charts.masses(found.diagnostics),
+        "usage": model_charts.usage(found.diagnostics),
+        "entropies": model_charts.entropies(found.diagnostics),
+        "arms": model_charts.arms(found.evaluation),
     }
     if len(found.stages) > 1:
-        drawn["moves"] = charts.moves(len(found.stages) - 1)
+        drawn["moves"] = head_charts.moves(len(found.stages) - 1)
     template = files("gsa_jax.inspection").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -99,14 +99,14 @@ def _render(found: Inspection, heads: tuple[HeadPicture, ...], packed: list[dict
         losses=[_colored(losses) for losses in found.losses],
         hurt=_hurt(found.losses),
         moved=_moved(heads),
-        extra_shown=f"{charts.EXTRA_SHOWN:g}",
-        most_bars=charts.MOST_BARS,
+        extra_shown=f"{model_charts.EXTRA_SHOWN:g}",
+        most_bars=head_charts.MOST_BARS,
         colors=page["colors"],
-        less=charts.LESS_TO_MORE[1],
-        more=charts.LESS_TO_MORE[-2],
+        less=style.LESS_TO_MORE[1],
+        more=style.LESS_TO_MORE[-2],
         scripts=Markup(vl_convert.javascript_bundle(None, VEGA_LITE)),
         page=_json(page),
-        specs=_json({name: charts.specification(chart) for name, chart in drawn.items()}),
+        specs=_json({name: style.specification(chart) for name, chart in drawn.items()}),
     )
 
 
@@ -179,8 +179,8 @@ def _colored(losses: TokenLosses) -> list[dict[str, str]]:
     shown = []
     for token, exact, splats in zip(losses.tokens[1:], losses.exact.tolist(), losses.splats.tolist(), strict=True):
         extra = splats - exact
-        share = min(abs(extra) / charts.EXTRA_SHOWN, 1)
-        end = charts.LESS_TO_MORE[-2] if extra > 0 else charts.LESS_TO_MORE[1]
+        share = min(abs(extra) / model_charts.EXTRA_SHOWN, 1)
+        end = style.LESS_TO_MORE[-2] if extra > 0 else style.LESS_TO_MORE[1]
         mixed = (round(255 + share * (int(end[n : n + 2], 16) - 255)) for n in (1, 3, 5))
         shown.append(
             {

@@ -80,28 +80,28 @@ def _figures(found: Inspection) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and specifications of all figures."""
     import altair
 
-    from gsa_jax.inspection import charts, packing
+    from gsa_jax.inspection import head_charts, model_charts, packing, style
 
     width = 520
     for name in ("masses", "usage", "entropies"):
-        yield name, charts.specification(getattr(charts, name)(found.diagnostics).properties(width=width))
-    yield "arms", charts.specification(charts.arms(found.evaluation).properties(width=width))
+        yield name, style.specification(getattr(model_charts, name)(found.diagnostics).properties(width=width))
+    yield "arms", style.specification(model_charts.arms(found.evaluation).properties(width=width))
     for number, losses in enumerate(found.losses):
-        yield f"text-{number}", charts.specification(charts.colored_text(losses))
+        yield f"text-{number}", style.specification(model_charts.colored_text(losses))
     shares = {(head.layer, head.head): head.shares for head in found.diagnostics.heads}
-    maps = altair.hconcat(*(charts.heatmap(field, title) for field, title in charts.MAPS.items()))
+    maps = altair.hconcat(*(head_charts.heatmap(field, title) for field, title in head_charts.MAPS.items()))
     maps = maps.resolve_scale(color="independent")
     tokens = packing.token_rows(found.tokens)
     for head in found.heads:
         where, frame = f"layer{head.layer}-head{head.head}", packing.frame(head)
         circles = packing.splat_rows(head, shares[head.layer, head.head])
         points = {"points": packing.point_rows(head), "circles": circles, "tokens": tokens}
-        yield f"atlas-{where}", charts.specification(charts.atlas(frame), points)
+        yield f"atlas-{where}", style.specification(head_charts.atlas(frame), points)
         pairs = [row for row in packing.pair_rows(head) if max(row["exact"], row["weights"]) >= _SEEN]
-        yield f"attention-{where}", charts.specification(maps, {"pairs": pairs, "tokens": tokens})
+        yield f"attention-{where}", style.specification(maps, {"pairs": pairs, "tokens": tokens})
         if len(found.stages) > 1:
-            moves = charts.moves(len(found.stages) - 1, frame)
-            yield f"moves-{where}", charts.specification(moves, {"moves": packing.move_rows(head)})
+            moves = head_charts.moves(len(found.stages) - 1, frame)
+            yield f"moves-{where}", style.specification(moves, {"moves": packing.move_rows(head)})
 
 
 def _draw(spec: dict[str, Any], path: Path) -> None:

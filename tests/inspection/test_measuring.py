@@ -19,6 +19,8 @@ from helpers.attention_oracle import far_keys, head_splats, row_weights
 from helpers.texts import STORIES
 from helpers.tiny_checkpoints import tiny_checkpoint
 
+pytestmark = pytest.mark.slow  # it compiles for longer than it measures
+
 WINDOW, KEPT_KEYS = 8, 3
 SPLATS = SplatConfig(num_splats=5, window=WINDOW, kept=KEPT_KEYS, layers="all", norm_gain=True, far_gain=True)
 

@@ -19,7 +19,7 @@ from gsa_jax.convert import convert
 from gsa_jax.inspection import inspect
 from gsa_jax.inspection.measuring import Inspection
 from gsa_jax.inspection.page import LARGEST, render
-from helpers.attention_oracle import far_keys, head_splats, hf_queries_and_keys, row_weights
+from helpers.attention_oracle import far_keys, head_splats, hf_projections, key_importance, row_weights
 from helpers.texts import STORIES
 
 WINDOW, KEPT = 32, 8
@@ -131,11 +131,12 @@ def test_a_click_shows_the_sources_of_a_token(opened: Opened, made: Made, story_
         f"document.getElementById('chosen').textContent.includes('(token {query}, layer 0, head {head})')"
     )
     ids = np.array([made_ids(made)])
-    queries, keys = (x[0, :, head].astype(np.float64) for x in hf_queries_and_keys(story_neo, ids, 4)[0])
+    projections = hf_projections(story_neo, ids, 4)[0]
+    queries, keys, values = (x[0, : query + 1, head].astype(np.float64) for x in projections)
     splats = head_splats(made.tensors, 0, head)
-    far = far_keys(keys[: query + 1], WINDOW, KEPT)
-    exact, _ = row_weights(queries[query], keys[: query + 1], far, None, None)
-    weights, through = row_weights(queries[query], keys[: query + 1], far, None, splats)
+    far = far_keys(keys, WINDOW, KEPT, key_importance(made.tensors, 0, head, keys, values))
+    exact, _ = row_weights(queries[query], keys, far, None, None)
+    weights, through = row_weights(queries[query], keys, far, None, splats)
 
     rows = rows_of(page)
     assert [int(row[0]) for row in rows] == list(range(query + 1))
@@ -186,12 +187,23 @@ def test_a_click_on_a_map_chooses_its_row(opened: Opened) -> None:
     page.wait_for_function("!document.getElementById('chosen').textContent.includes('(token 0,')", timeout=10_000)
 
 
-def test_hovering_shows_a_token_in_its_sentence(opened: Opened) -> None:
+def test_a_point_of_the_atlas_shows_its_token_in_its_sentence_and_chooses_it(opened: Opened, made: Made) -> None:
+    """The one that lies highest, which no other covers."""
     page = opened.page
+    page.select_option("#head", label="layer 0, head 1")
+    page.locator("#text-weights [data-position='0']").click()
     page.locator("#atlas").scroll_into_view_if_needed()
-    page.locator("#atlas path[aria-roledescription='point']").nth(3).hover(force=True)
+    points = page.locator("#atlas path[aria-roledescription='point']")
+    tops = points.evaluate_all("points => points.map((point) => point.getBoundingClientRect().y)")
+    highest = points.nth(int(np.argmin(tops)))
+    highest.hover(force=True)
     page.wait_for_selector("#vg-tooltip-element.visible", timeout=10_000)
-    assert re.search(r"\[.+\]|splat", page.locator("#vg-tooltip-element").inner_text())
+    said = page.locator("#vg-tooltip-element").inner_text()
+    position = int(re.search(r"position\s+(\d+)", said)[1])
+    assert f"[{made.found.tokens[position].strip()}]" in said
+    highest.click(force=True)
+    page.wait_for_function(f"document.getElementById('chosen').textContent.includes('(token {position},')")
+    assert opened.said == []
 
 
 def test_text_cannot_become_script(made: Made) -> None:
