@@ -160,8 +160,8 @@ def heatmap(field: str, title: str) -> Any:
         color = alt.Color(
             "difference:Q",
             title="splats minus exact",
-            scale=alt.Scale(clamp=True, domain=[-0.1, -0.01, 0, 0.01, 0.1], range=LESS_TO_MORE, interpolate="rgb"),
-            legend=alt.Legend(values=[-0.1, 0, 0.1], gradientLength=180, format="~g"),
+            scale=alt.Scale(clamp=True, domain=[-0.05, -0.005, 0, 0.005, 0.05], range=LESS_TO_MORE, interpolate="rgb"),
+            legend=alt.Legend(values=[-0.05, 0, 0.05], gradientLength=180, format="~g"),
         )
     else:
         color = alt.Color(
@@ -178,12 +178,13 @@ def heatmap(field: str, title: str) -> Any:
         "labelLimit": 64,
         "labelFontSize": 10,
     }
+    x = alt.X("key:O", title="key", axis=alt.Axis(**axis, labelAngle=-90))
     y = alt.Y("query:O", title="query", axis=alt.Axis(**axis))
     pairs = alt.Chart(alt.NamedData("pairs"))
     cells = _tokens(pairs, "query", ("query_token", "query_context"))
     cells = _tokens(cells, "key", ("key_token", "key_context"))
     cells = cells.mark_rect(aria=False).encode(
-        alt.X("key:O", title="key", axis=alt.Axis(**axis, labelAngle=-90)),
+        x,
         y,
         color,
         tooltip=[
@@ -194,9 +195,10 @@ def heatmap(field: str, title: str) -> Any:
             alt.Tooltip("weights:Q", title="with splats", format=".4f"),
         ],
     )
-    row = pairs.transform_filter("datum.query == chosen && datum.key == 0").encode(y)
-    row = row.mark_rect(filled=False, stroke=INK, strokeWidth=1, aria=False)
-    return alt.layer(cells, row).add_params(chosen).properties(width=360, height=360, title=title)
+    # Beside the row's last cell, since a line would hide rows of a pixel.
+    arrow = pairs.transform_filter("datum.query == chosen && datum.key == chosen").encode(x, y)
+    arrow = arrow.mark_point(shape="triangle-left", filled=True, size=60, xOffset=8, color=INK, opacity=1, aria=False)
+    return alt.layer(cells, arrow).add_params(chosen).properties(width=360, height=360, title=title)
 
 
 def splat_bars() -> Any:

@@ -20,14 +20,20 @@ def test_bad_input(tiny: Path, story_neo: Path, tmp_path: Path, run_gsa: Callabl
     plain = tiny_checkpoint(tmp_path / "plain", story_neo)
     short = tmp_path / "short.txt"
     short.write_text("Once upon a time.")
+    empty = tmp_path / "empty.txt"
+    empty.touch()
     there = tmp_path / "there.html"
     there.write_text("mine")
     before = set(tmp_path.iterdir())
     out = tmp_path / "report.html"
+    run_gsa("inspect", tmp_path / "nowhere", "--out", out).assert_refused(tmp_path / "nowhere")
     run_gsa("inspect", plain, "--out", out).assert_refused("no splats", "gsa fit-init")
     run_gsa("inspect", story_neo, "--out", out).assert_refused(story_neo)
     run_gsa("inspect", tiny, "--out", out, "--window", "all").assert_refused("leaves the splats unused", "--window")
     run_gsa("inspect", tiny, "--out", out, "--text", short, "--window", 64).assert_refused("longer text")
+    run_gsa("inspect", tiny, "--out", out, "--text", empty).assert_refused(empty)
+    run_gsa("inspect", tiny, "--out", short / "report.html").assert_refused(short, "cannot be created")
+    run_gsa("inspect", tiny, "--out", out, "--figures", short / "figures").assert_refused(short, "cannot be created")
     run_gsa("inspect", tiny, "--out", out, "--text", tmp_path / "none.txt").assert_refused("none.txt: no such file")
     run_gsa("inspect", tiny, "--out", out, "--compare", plain).assert_refused(plain, "cannot be compared")
     run_gsa("inspect", tiny, "--out", there, "--text", STORIES).assert_refused(there, "exists already")
