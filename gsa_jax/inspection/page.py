@@ -104,7 +104,7 @@ def _render(found: Inspection, heads: tuple[HeadPicture, ...], packed: list[dict
         colors=page["colors"],
         less=style.LESS_TO_MORE[1],
         more=style.LESS_TO_MORE[-2],
-        scripts=Markup(vl_convert.javascript_bundle(vl_version=VEGA_LITE)),
+        scripts=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)),
         page=_json(page),
         specs=_json({name: style.specification(chart) for name, chart in drawn.items()}),
     )
