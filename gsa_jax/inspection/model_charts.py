@@ -135,6 +135,10 @@ EXTRA_SHOWN = 0.5
 _LINE = 72
 """Characters of a line of text in a figure."""
 
+_FONT_SIZE = 13
+_ADVANCE = 0.602 * _FONT_SIZE
+"""Pixels from one character to the next, in DejaVu Sans Mono and most fonts of its kind."""
+
 
 def colored_text(losses: TokenLosses) -> Any:
     """A row of text on which the colour says what splats cost."""
@@ -143,19 +147,23 @@ def colored_text(losses: TokenLosses) -> Any:
         text = visible(token)
         if column + len(text) > _LINE:
             line, column = line + 1, 0
-        rows.append({"from": column, "to": column + len(text), "line": line, "token": text.strip(), "extra": extra})
-        column += len(text)
+        start, column = column, column + len(text)
+        word = text.lstrip(" ")  # SVG drops spaces at the beginning
+        rows.append(
+            {"from": start, "word": column - len(word), "to": column, "line": line, "token": word, "extra": extra}
+        )
+        if "\n" in token:
+            line, column = line + 1, 0
     base = alt.Chart(alt.InlineData(values=rows)).encode(alt.Y("line:O", axis=None))
     boxes = base.mark_rect().encode(
         alt.X("from:Q", axis=None, scale=alt.Scale(domain=[0, _LINE], nice=False)),
         alt.X2("to:Q"),
         alt.Color("extra:Q", title="nats lost to splats", scale=extra_scale()),
     )
-    words = base.mark_text(font="DejaVu Sans Mono, monospace", fontSize=11, align="center", color=INK).encode(
-        alt.X("middle:Q"), alt.Text("token:N")
+    words = base.mark_text(font="DejaVu Sans Mono, monospace", fontSize=_FONT_SIZE, align="left", color=INK).encode(
+        alt.X("word:Q"), alt.Text("token:N")
     )
-    words = words.transform_calculate(middle="(datum.from + datum.to) / 2")
-    return alt.layer(boxes, words).properties(width=_LINE * 8, height={"step": ROW})
+    return alt.layer(boxes, words).properties(width=_LINE * _ADVANCE, height={"step": ROW})
 
 
 def extra_scale() -> alt.Scale:
