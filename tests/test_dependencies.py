@@ -27,6 +27,7 @@ ORDER = [
     {"generation", "evaluation", "convert"},
     {"fitting", "completion", "pretrained"},
     {"train", "publishing", "lm_eval"},
+    {"inspection"},
     {"cli"},
 ]
 """A part imports parts that stand before it, and itself; those that stand beside it are strangers."""

@@ -17,7 +17,7 @@ import dataclasses
 import json
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +219,38 @@ class RunCheckpoints:
             if isinstance(error, OSError):
                 raise InputError(f"{self._folder}: cannot be written ({first_line(error)}); {left}") from error
             raise
+
+
+def saved_parameters(folder: Path, wanted: Callable[[str], bool]) -> dict[int, dict[str, np.ndarray]]:
+    """By step, in order: the trained parameters whose names are wanted, or their moving average where one is kept.
+
+    Nothing else of the checkpoints is read; those set aside as damaged are left out.
+
+    Raises:
+        InputError: a checkpoint cannot be read.
+    """
+    steps = sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.exists() else []
+    context = _context()
+    context.pytree.loading.partial_load = True
+    found = {}
+    for step in steps:
+        path = folder.resolve() / str(step)
+        try:
+            refuse_unreadable(path)
+            with context:
+                stored = ocp.checkpointables_metadata(str(path)).metadata["state"]
+                tree = "ema." if any(name.startswith("ema.") for name in stored) else "params."
+                leaves = {name: leaf for name, leaf in stored.items() if name.startswith(tree)}
+                abstract = {
+                    name: _placed(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+                    for name, leaf in leaves.items()
+                    if wanted(name.removeprefix(tree))
+                }
+                state = ocp.load_checkpointables(str(path), {"state": abstract})["state"] if abstract else {}
+        except DAMAGE as error:
+            raise InputError(f"{path}: damaged ({first_line(_innermost(error))}); remove it") from error
+        found[step] = {name.removeprefix(tree): np.asarray(tensor) for name, tensor in state.items()}
+    return found
 
 
 class _DamagedError(Exception):

@@ -25,6 +25,7 @@ from gsa_jax.cli.evaluation import Eval
 from gsa_jax.cli.fitting import Diagnose, FitInit
 from gsa_jax.cli.generation import Generate
 from gsa_jax.cli.harness import LmEval
+from gsa_jax.cli.inspection import Inspect
 from gsa_jax.cli.training import Tokenize, Train, check_preset
 from gsa_jax.errors import InputError
 from gsa_jax.files import is_disk_full
@@ -35,6 +36,7 @@ _COMMANDS: dict[str, Any] = {
     "generate": Generate,
     "fit-init": FitInit,
     "diagnose": Diagnose,
+    "inspect": Inspect,
     "tokenize": Tokenize,
     "train": Train,
     "eval": Eval,

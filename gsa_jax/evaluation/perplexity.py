@@ -177,10 +177,24 @@ def score_arms(
     Raises:
         InputError: a model's losses are not finite.
     """
+    losses = token_losses(arms, rows, batch_size=batch_size, progress=progress)
+    return score_losses(arms, documents, rows, losses, checkpoint=checkpoint, text=text)
+
+
+def score_losses(
+    arms: Mapping[str, Arm],
+    documents: list[str],
+    rows: TextRows,
+    losses: Mapping[str, Float[np.ndarray, "N P"]],
+    *,
+    checkpoint: str,
+    text: str,
+) -> Evaluation:
+    """What `score_arms` makes of the `token_losses` of its arms and rows."""
     config, _ = arms.get("hybrid", arms["exact"])
     splats = config.splats
     assert splats is None or splats.window != "all", "make_arms refuses the other ones"
-    sums = sum_by_document(documents, rows, _losses(arms, rows, batch_size, progress))
+    sums = sum_by_document(documents, rows, losses)
     found = estimates(sums)
     length = rows.input_ids.shape[1]
     firsts = bucket_firsts(length)
@@ -230,14 +244,18 @@ def cross_entropy(arm: Arm, rows: TextRows, *, batch_size: int = 8) -> float:
     Raises:
         InputError: its losses are not finite.
     """
-    losses = _losses({"exact": arm}, rows, batch_size, iter)["exact"]
+    losses = token_losses({"exact": arm}, rows, batch_size=batch_size)["exact"]
     return float(losses[rows.attention_mask[:, 1:]].mean(dtype=np.float64))
 
 
-def _losses(
-    arms: Mapping[str, Arm], text: TextRows, batch_size: int, progress: Progress
+def token_losses(
+    arms: Mapping[str, Arm], text: TextRows, *, batch_size: int = 8, progress: Progress = iter
 ) -> dict[str, Float[np.ndarray, "N P"]]:
-    """Nats of the P = L - 1 tokens of each row but the first; those of padding mean nothing."""
+    """Nats of the P = L - 1 tokens of each row but the first, in float32; those of padding mean nothing.
+
+    Raises:
+        InputError: a model's losses are not finite.
+    """
     shape = (len(text.document), text.input_ids.shape[1] - 1)
     losses = {arm: np.zeros(shape, np.float32) for arm in arms}
     batches = _batches(text.attention_mask, batch_size)

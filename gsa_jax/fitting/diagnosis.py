@@ -25,10 +25,13 @@ from gsa_jax.fitting.statistics import (
     calibration_tokens,
     dead_splats,
     effective_splats,
+    exact_log_weights,
     exact_statistics,
     far_keys,
+    mean_mass,
     projections,
     sample_rows,
+    splat_log_weights,
     splat_statistics,
     take_rows,
 )
@@ -73,10 +76,13 @@ class HeadDiagnostics:
         entropy: the same of attention with the window and the splats.
         exact_far_mass: weight that exact attention gives to far keys: those beyond the window that are not kept.
         far_mass: weight that they get through the splats.
+        exact_kept_mass: weight that exact attention gives to kept keys; what is left is the window's.
+        kept_mass: weight that they get beside the splats.
         usage: how many splats that weight goes through, as a perplexity between 1 and S; 0 if there is no weight.
         dead_splats: how many carry less than a hundredth of an equal share of it.
         centers_gradient: norm of the gradient of the language-modelling loss in the centres.
         log_scales_gradient: the same in the logarithms of the scales.
+        shares: of each splat in the weight that goes through splats; they sum to 1, or to 0 if there is no weight.
         kept_words: those that are kept the longest, summed over all their occurrences.
     """
 
@@ -87,11 +93,14 @@ class HeadDiagnostics:
     entropy: float
     exact_far_mass: float
     far_mass: float
+    exact_kept_mass: float
+    kept_mass: float
     usage: float
     dead_splats: int
     num_splats: int
     centers_gradient: float
     log_scales_gradient: float
+    shares: tuple[float, ...]
     kept_words: tuple[KeptWord, ...]
 
     @property
@@ -185,7 +194,9 @@ def diagnose_model(
         assert isinstance(attention, GSASelfAttention), "splat layers have splats"
         splats, rows = attention.splats, take_rows(sample, projected, attention_mask)
         far = far_keys(rows, splats.importance, own.window, own.kept)
-        exactly = exact_statistics(rows, far, seen=exact.config.windows[layer])
+        kept = far_keys(rows, splats.importance, own.window, 0) & ~far
+        seen = exact.config.windows[layer]
+        exactly = exact_statistics(rows, far, seen=seen)
         through = splat_statistics(rows, splats, far)
         usage = np.asarray(through.usage)
         of_layer = gradients["transformer"]["h"][layer]["attn"]["attention"]
@@ -195,6 +206,8 @@ def diagnose_model(
             through.entropy,
             exactly.far_mass,
             through.far_mass,
+            mean_mass(exact_log_weights(rows, seen=seen), kept),
+            mean_mass(splat_log_weights(rows, splats, far)[0], kept),
             effective_splats(usage),
             dead_splats(usage),
             np.full(config.num_heads, own.num_splats),
@@ -206,8 +219,9 @@ def diagnose_model(
             for n in range(len(input_ids))
         ]
         for head, values in enumerate(zip(*(np.asarray(column).tolist() for column in columns), strict=True)):
-            kept = most_kept(words, [of_row[head] for of_row in durations])
-            heads.append(HeadDiagnostics(layer, head, *values, kept_words=kept))
+            kept_words = most_kept(words, [of_row[head] for of_row in durations])
+            shares = tuple(usage[head].tolist())
+            heads.append(HeadDiagnostics(layer, head, *values, shares=shares, kept_words=kept_words))
     return Diagnostics(config.splats, int(attention_mask.sum()), float(loss), tuple(heads))
 
 

@@ -259,9 +259,9 @@ def splat_scores(rows: AttentionRows, splats: Splats) -> Float[Array, "N H R T"]
 @jax.jit
 def splat_log_weights(
     rows: AttentionRows, splats: Splats, far: Bool[Array, "N H R T"]
-) -> tuple[Float[Array, "N H R T"], Float[Array, "H S"]]:
-    """Logarithms of the weights of attention to far keys through splats, and to all others exactly; and the sum of the
-    weights that go through each splat."""
+) -> tuple[Float[Array, "N H R T"], Float[Array, "N H R S"]]:
+    """Logarithms of the weights of attention to far keys through splats, and to all others exactly; and how much of a
+    row's weight goes through each splat."""
 
     def sequence(of_sequence: tuple[AttentionRows, jax.Array]) -> tuple[jax.Array, jax.Array]:
         rows, far = of_sequence
@@ -273,25 +273,37 @@ def splat_log_weights(
         scores = jnp.where(causal, scores, -jnp.inf)
         normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
         through = jnp.where(far[..., None], jnp.exp(joint - normaliser[..., None]), 0)
-        return scores - normaliser, jnp.sum(through, axis=(1, 2))
+        return scores - normaliser, jnp.sum(through, axis=2)
 
-    log_weights, through = jax.lax.map(sequence, (rows, far))
-    return log_weights, jnp.sum(through, axis=0)
+    return jax.lax.map(sequence, (rows, far))
+
+
+@jax.jit
+def main_splats(rows: AttentionRows, splats: Splats) -> Int[Array, "N H R T"]:
+    """The splat that carries most of the score of a query and a key, were the key a far one."""
+
+    def sequence(rows: AttentionRows) -> jax.Array:
+        query = jax.vmap(query_features, (0, 1))(splats, rows.query)
+        key = jax.vmap(key_features, (0, 1, None))(splats, rows.key, rows.valid)
+        return jnp.argmax(query[:, :, None, :] + key[:, None, :, :], axis=-1)
+
+    return jax.lax.map(sequence, rows)
 
 
 @functools.partial(jax.jit, static_argnames="seen")
 def exact_statistics(rows: AttentionRows, far: Bool[Array, "N H R T"], *, seen: Window) -> RowStatistics:
     """Of exact attention that sees the last `seen` tokens; `far` says whose mass is counted."""
     log_weights = exact_log_weights(rows, seen=seen)
-    return RowStatistics(_normalised_entropy(log_weights, rows), _mass(log_weights, far), None)
+    return RowStatistics(_normalised_entropy(log_weights, rows), mean_mass(log_weights, far), None)
 
 
 @jax.jit
 def splat_statistics(rows: AttentionRows, splats: Splats, far: Bool[Array, "N H R T"]) -> RowStatistics:
     """Of attention to far keys through splats, and to all others exactly."""
-    log_weights, usage = splat_log_weights(rows, splats, far)
+    log_weights, through = splat_log_weights(rows, splats, far)
+    usage = jnp.sum(through, axis=(0, 2))
     usage /= jnp.maximum(jnp.sum(usage, axis=-1, keepdims=True), jnp.finfo(usage.dtype).tiny)
-    return RowStatistics(_normalised_entropy(log_weights, rows), _mass(log_weights, far), usage)
+    return RowStatistics(_normalised_entropy(log_weights, rows), mean_mass(log_weights, far), usage)
 
 
 def _distances(rows: AttentionRows) -> tuple[jax.Array, jax.Array]:
@@ -311,7 +323,8 @@ def _normalised_entropy(log_weights: Float[Array, "N H R T"], rows: AttentionRow
     return jnp.mean(entropy / jnp.log(seen)[:, None], axis=(0, 2))
 
 
-def _mass(log_weights: Float[Array, "N H R T"], keys: Bool[Array, "N H R T"]) -> Float[Array, "H"]:
+def mean_mass(log_weights: Float[Array, "N H R T"], keys: Bool[Array, "N H R T"]) -> Float[Array, "H"]:
+    """Mean weight that a row gives to these keys."""
     return jnp.mean(jnp.sum(jnp.where(keys, jnp.exp(log_weights), 0), axis=-1), axis=(0, 2))
 
 

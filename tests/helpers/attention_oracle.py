@@ -43,11 +43,21 @@ def head_splats(tensors: dict[str, np.ndarray], layer: int, head: int) -> HeadSp
     )
 
 
-def far_keys(keys: np.ndarray, window: int, kept: int) -> np.ndarray:
-    """Which of the keys up to a query's own go through splats: all beyond the window but the longest ones."""
+def key_importance(
+    tensors: dict[str, np.ndarray], layer: int, head: int, keys: np.ndarray, values: np.ndarray
+) -> np.ndarray:
+    """Of each key, as a checkpoint has learned it."""
+    weights = np.asarray(tensors[f"transformer.h.{layer}.attn.attention.splat_importance"][head], np.float64)
+    return np.concatenate([keys, values, np.sum(keys**2, axis=1, keepdims=True)], axis=1) @ weights
+
+
+def far_keys(keys: np.ndarray, window: int, kept: int, importance: np.ndarray | None = None) -> np.ndarray:
+    """Which of the keys up to a query's own go through splats: all beyond the window but the most important ones, which
+    are the longest if nothing is said of their importance."""
+    importance = np.sum(keys**2, axis=1) if importance is None else importance
     distance = np.arange(len(keys))[::-1]
     beyond = np.flatnonzero(distance >= window)
-    stays = sorted(beyond, key=lambda j: (-np.sum(keys[j] ** 2), j))[:kept]
+    stays = sorted(beyond, key=lambda j: (-importance[j], j))[:kept]
     return (distance >= window) & ~np.isin(np.arange(len(keys)), stays)
 
 
@@ -98,7 +108,12 @@ def head_statistics(
 
 
 def hf_queries_and_keys(folder: Path, ids: np.ndarray, heads: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What `q_proj` and `k_proj` of each layer give in PyTorch, `[N, T, H, D]`; ids are right-padded."""
+    """The first two of `hf_projections`."""
+    return [(query, key) for query, key, _ in hf_projections(folder, ids, heads)]
+
+
+def hf_projections(folder: Path, ids: np.ndarray, heads: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """What `q_proj`, `k_proj` and `v_proj` of each layer give in PyTorch, `[N, T, H, D]`; ids are right-padded."""
     import torch
     from transformers import GPTNeoForCausalLM as HFModel
 
@@ -109,8 +124,8 @@ def hf_queries_and_keys(folder: Path, ids: np.ndarray, heads: int) -> list[tuple
         return lambda module, args, output: seen.update({name: output.numpy().reshape(*ids.shape, heads, -1)})
 
     for layer, block in enumerate(model.transformer.h):
-        block.attn.attention.q_proj.register_forward_hook(keep(f"q{layer}"))
-        block.attn.attention.k_proj.register_forward_hook(keep(f"k{layer}"))
+        for kind in "qkv":
+            getattr(block.attn.attention, f"{kind}_proj").register_forward_hook(keep(f"{kind}{layer}"))
     with torch.no_grad():
         model(torch.from_numpy(ids).long())
-    return [(seen[f"q{layer}"], seen[f"k{layer}"]) for layer in range(len(model.transformer.h))]
+    return [(seen[f"q{layer}"], seen[f"k{layer}"], seen[f"v{layer}"]) for layer in range(len(model.transformer.h))]
