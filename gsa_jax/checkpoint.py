@@ -30,8 +30,9 @@ from orbax.checkpoint import v1 as ocp
 
 from gsa_jax.config import DTYPES, GPTNeoConfig, carried_fields, read_config
 from gsa_jax.errors import InputError, first_line, listed
-from gsa_jax.files import new_folder
+from gsa_jax.files import new_folder, refuse_foreign
 from gsa_jax.generation_config import read_generation_config
+from gsa_jax.json_files import read_json
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.parameters import build_model, expected_shapes, shape_problems
 from gsa_jax.sharding import require_backend, same_path_everywhere, wait_for_all, whole_on_host
@@ -138,8 +139,8 @@ def _carried(folder: Path) -> dict[str, Any]:
     """Fields that `config.json` has beside the model's own."""
     file = folder / CARRIED_FILE
     try:
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = read_json(file) if file.is_file() else {}
+    except ValueError as error:
         raise InputError(f"{file}: damaged ({error})") from None
     if not isinstance(values, dict):
         raise InputError(f"{file}: damaged (no fields in it)")
@@ -187,6 +188,7 @@ def load_tensors(folder: str | Path) -> tuple[GPTNeoConfig, dict[str, np.ndarray
     if not (folder / WEIGHTS_FOLDER).is_dir():
         remedy = f"; convert it first: gsa convert {folder} OUT" if (folder / CONFIG_FILE).exists() else ""
         raise InputError(f"{folder}: not a gsa-jax checkpoint (no {WEIGHTS_FOLDER}/ in it){remedy}")
+    refuse_foreign(folder, [CONFIG_FILE, WEIGHTS_FOLDER, *TOKENIZER_FILES])
     config = read_config(folder / CONFIG_FILE)
     require_backend()
     refuse_unreadable(folder / WEIGHTS_FOLDER)
@@ -297,6 +299,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 def _with_tokenizer(folder: str | Path) -> Path:
     folder = Path(folder)
+    refuse_foreign(folder, TOKENIZER_FILES)
     if not has_tokenizer(folder):
         raise InputError(
             f"{folder}: no tokenizer in it (tokenizer.json, or vocab.json and merges.txt); copy its files there, or "
@@ -309,6 +312,6 @@ def _from_transformers(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), **options)
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise InputError(f"{folder}: its tokenizer cannot be read ({first_line(error)})") from error

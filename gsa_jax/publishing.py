@@ -6,7 +6,6 @@ not measured is said not to have been, with the command that measures it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from gsa_jax.convert.hub import hub_errors
 from gsa_jax.errors import InputError, first_line
 from gsa_jax.evaluation.intervals import Estimate
 from gsa_jax.fitting.fitted import FIT_REPORT_FILE
+from gsa_jax.json_files import read_json
 from gsa_jax.parameters import expected_shapes, is_splat
 from gsa_jax.splat_config import SplatConfig, describe
 
@@ -123,7 +123,7 @@ def _checkpoint(folder: str | Path) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     """A report; nothing if there is none."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ from gsa_jax.convert.pytorch import CODE_FILES
 ROOT = Path(__file__).parents[1]
 
 ORDER = [
-    {"errors", "assets", "progress", "hlo"},
+    {"errors", "assets", "progress", "hlo", "json_files"},
     {"hf_fields", "splat_config"},
     {"config", "topology"},
     {"ops", "generation_config", "tokenizer"},

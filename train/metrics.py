@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 
 from gsa_jax.errors import InputError
+from gsa_jax.files import refuse_foreign
+from gsa_jax.json_files import parse_json
 from gsa_jax.train.tracking import Record, Tracking
 
 METRICS_FILE = "metrics.jsonl"
@@ -82,10 +84,15 @@ def read_metrics(folder: Path) -> list[Record]:
     """
     path = folder / METRICS_FILE
     try:
+        refuse_foreign(folder, [METRICS_FILE])
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the folder of a run") from None
     try:
-        return [json.loads(line) for line in lines[:-1]]
-    except json.JSONDecodeError as error:
+        records = [parse_json(line) for line in lines[:-1]]
+    except ValueError as error:
         raise InputError(f"{path}: not JSON lines ({error}); remove the broken line") from None
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise InputError(f"{path}, line {number}: not a record of a run; remove the line")
+    return records

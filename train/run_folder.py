@@ -18,8 +18,10 @@ from jax.experimental import multihost_utils
 
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
-from gsa_jax.files import refuse_existing
+from gsa_jax.files import refuse_existing, refuse_foreign
+from gsa_jax.json_files import read_json
 from gsa_jax.train.config import TrainConfig
+from gsa_jax.train.metrics import METRICS_FILE
 
 RUN_FILE = "run.json"
 STEPS_FOLDER = "steps"
@@ -67,6 +69,7 @@ def open_run(
     resolved = _resolved(config, model, content)
     path = config.out / RUN_FILE
     problem, notes = None, ()
+    refuse_foreign(config.out, [RUN_FILE, METRICS_FILE, STEPS_FOLDER])
     if jax.process_index() == 0:
         try:
             if path.exists():
@@ -103,9 +106,12 @@ def _go_on(path: Path, resolved: dict[str, Any]) -> tuple[str, ...]:
     """Checks that the run there is the same one; writes down what it has from now on."""
     folder = path.parent
     try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); remove the run to start again") from None
+    is_run = isinstance(begun, dict) and isinstance(begun.get(CONTENT, {}), dict)
+    if not is_run or not isinstance(begun.get("steps"), int):
+        raise InputError(f"{path}: damaged (not the configuration of a run); remove the run to start again")
     known = CONTENT in begun
     if not known:  # begun by a version that knew its inputs by their places, and of a text only one
         begun = {**begun, CONTENT: resolved[CONTENT], "text_field": resolved["text_field"]}

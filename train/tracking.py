@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gsa_jax.errors import InputError, first_line
+from gsa_jax.json_files import read_json
 from gsa_jax.train.config import Tracker
 
 EVENTS_FOLDER = "tensorboard"
@@ -130,7 +131,7 @@ class _RunOfALibrary(Tracking):
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
