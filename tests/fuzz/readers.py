@@ -16,6 +16,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ class Named:
 
 
 class _Pickler(pickle._Pickler):  # the one in Python, which can be taught names that do not exist
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
     def save_named(self, named: Named) -> None:
         self.write(b"c" + named.module.encode() + b"\n" + named.name.encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Every reader of the package, given inputs that were damaged, or made to harm: it reads them, or says in one line why not.
+"""Every reader of the package, given inputs that were damaged or made to harm: it reads them, or says why not.
 
 `--fuzz-examples N` says how many inputs there are in all; `make fuzz` has 100,000.
 
