@@ -106,6 +106,7 @@ def report(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Prints what the docstring of this file says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("log", type=Path)
     parser.add_argument("--tokens", type=int, default=1_000_000)

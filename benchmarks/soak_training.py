@@ -61,6 +61,7 @@ def _result(out: Path) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
 
 
 def main() -> None:
+    """Prints what the docstring of this file says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="to make; holds both runs")
     parser.add_argument("--kills", type=int, default=20)

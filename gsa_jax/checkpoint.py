@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -175,6 +176,28 @@ def refuse_unreadable(folder: Path) -> None:
             raise InputError(f"{path}: cannot be read (no permission)")
 
 
+_CLAIMED = 2**28
+"""Bytes of arrays that files may claim to hold, beside `_COMPRESSED` times their own size."""
+_COMPRESSED = 16
+
+
+def refuse_claims(arrays: Mapping[str, Any], folder: Path) -> None:
+    """Raises `ValueError` if arrays, by what Orbax says of them, would take far more memory than their files.
+
+    TensorStore makes an array of the shape that its file claims, and chunks of theirs, before it looks for the content.
+    """
+    total = 0
+    for name, array in arrays.items():
+        size = math.prod(array.shape)
+        chunk = array.storage_metadata.chunk_shape if array.storage_metadata else None
+        if chunk is not None and math.prod(chunk) > max(size, 1):
+            raise ValueError(f"{name} {list(array.shape)} has chunks of {list(chunk)}")
+        total += size * np.dtype(array.dtype).itemsize
+    stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if total > _CLAIMED + _COMPRESSED * stored:
+        raise ValueError(f"arrays of {total:,} bytes in files of {stored:,}")
+
+
 def load_tensors(folder: str | Path) -> tuple[GPTNeoConfig, dict[str, np.ndarray]]:
     """Configuration and parameters of a checkpoint folder, in the dtypes they were stored in.
 
@@ -192,14 +215,22 @@ def load_tensors(folder: str | Path) -> tuple[GPTNeoConfig, dict[str, np.ndarray
     config = read_config(folder / CONFIG_FILE)
     require_backend()
     refuse_unreadable(folder / WEIGHTS_FOLDER)
+    weights = folder.resolve() / WEIGHTS_FOLDER
     try:
-        stored = ocp.load(str(folder.resolve() / WEIGHTS_FOLDER))
-        tensors = {name: np.asarray(tensor) for name, tensor in stored.items()}
+        claimed = ocp.metadata(str(weights)).metadata
+        refuse_claims(claimed, weights)
+        shapes = {name: tuple(tensor.shape) for name, tensor in claimed.items()}
+        problems = shape_problems(expected_shapes(config), shapes)
+        tensors = {} if problems else {name: np.asarray(tensor) for name, tensor in ocp.load(str(weights)).items()}
     except DAMAGE as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{folder / WEIGHTS_FOLDER}: damaged checkpoint ({first_line(error)})") from error
-    problems = shape_problems(expected_shapes(config), {name: tensor.shape for name, tensor in tensors.items()})
     if problems:
         raise InputError(f"{folder}: tensors do not fit the configuration: {listed(problems)}")
+    odd = [f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype.name not in DTYPES]
+    if odd:
+        raise InputError(f"{folder}: tensors are none of {', '.join(DTYPES)}: {listed(odd)}")
     return config, tensors
 
 
@@ -311,7 +342,27 @@ def _with_tokenizer(folder: str | Path) -> Path:
 def _from_transformers(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    _refuse_files_elsewhere(folder)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise InputError(f"{folder}: its tokenizer cannot be read ({first_line(error)})") from error
+
+
+def _refuse_files_elsewhere(folder: Path) -> None:
+    """Raises `InputError` if `transformers`, which reads files that a configuration names, would leave the folder."""
+    for file in (folder / "tokenizer_config.json", folder / CONFIG_FILE):
+        try:
+            values = read_json(file)
+        except FileNotFoundError:
+            continue
+        except (ValueError, OSError) as error:
+            raise InputError(f"{file}: cannot be read ({first_line(error)})") from None
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if not name.endswith(("_file", "_files")) or value is None:
+                continue
+            for named in value if isinstance(value, list) else [value]:
+                if not isinstance(named, str) or Path(named).name != named:
+                    raise InputError(
+                        f"{file}: {name} names {named!r}, which does not stand beside it; remove the field"
+                    )

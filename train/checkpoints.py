@@ -28,9 +28,10 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
-from gsa_jax.checkpoint import DAMAGE, refuse_unreadable
+from gsa_jax.checkpoint import DAMAGE, refuse_claims, refuse_unreadable
 from gsa_jax.errors import InputError, first_line, listed
 from gsa_jax.files import is_disk_full
+from gsa_jax.json_files import read_json
 from gsa_jax.parameters import shape_problems
 
 
@@ -178,10 +179,11 @@ class RunCheckpoints:
         alone.multiprocessing.primary_host = jax.process_index()
         with alone, _damage_in_any_process():
             refuse_unreadable(folder)
-            data, checksums = (json.loads((folder / name / "data.json").read_text()) for name in ("data", "checksums"))
+            data, checksums = (read_json(folder / name / "data.json") for name in ("data", "checksums"))
             stored = ocp.checkpointables_metadata(str(folder)).metadata.get("state")
             if stored is None:
                 raise ValueError("the list of its arrays cannot be read")
+            refuse_claims(stored, folder)
             misfits = _misfits(abstract, stored)
         if misfits:
             raise InputError(f"{folder}: does not fit this run: {listed(misfits, 10)}")

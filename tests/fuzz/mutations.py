@@ -51,9 +51,11 @@ _NUMBERS = [
     10**30,
 ]
 _VALUES = [
-    *_NUMBERS, -(2**63), 0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"), float("-inf"), True, False, None, "", "0",
+    *_NUMBERS, -(2**63), 0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"), float("-inf"), True, False, None, "",
+    "0",
     "all", "\0", "\ud800", "\x1b[31m", "a\nb", "x" * 100_000, "/", ".", "..", "[" * 1000, [], {}, [[]], [0] * 1000,
-    [[["global"], 10**9]], [[["global"] * 1000, 1000]], {"": None}, [None], {"type": "x"}, "<|endoftext|>", "F64", "BF16",
+    [[["global"], 10**9]], [[["global"] * 1000, 1000]], {"": None}, [None], {"type": "x"}, "<|endoftext|>",
+    "F64", "BF16",
 ]  # fmt: skip
 _DEEP = ("[" * 100_000, '{"a":' * 100_000, "[" * 50_000 + "]" * 50_000, "9" * 5000, "1e999", '"\\ud800"', "nul")
 """What JSON of no value says."""
@@ -173,7 +175,8 @@ def change_json(draw: Draw, text: str, names: list[str], outside: str) -> str:
 
 _FIELDS = [
     "splats", "quantization_config", "auto_map", "attention_layers", "num_hidden_layers", "num_attention_heads",
-    "torch_dtype", "vocab_file", "merges_file", "tokenizer_file", "fast_tokenizer_files", "tokenizer_class", "pad_token",
+    "torch_dtype", "vocab_file", "merges_file", "tokenizer_file", "fast_tokenizer_files", "tokenizer_class",
+    "pad_token",
     "added_tokens_decoder", "extra_special_tokens", "additional_special_tokens", "chat_template", "name_or_path",
     "normalizer", "pre_tokenizer", "post_processor", "n_head", "intermediate_size", "max_length", "__class__", "text",
     "head_dim", "eos_token_id", "init_inputs", "special_tokens_map_file", "_name_or_path", "transformers_version",
@@ -194,14 +197,18 @@ def _change_header(draw: Draw, data: bytes, outside: str) -> bytes:
 
 _EVIL = [
     b"cos\nsystem\n(Vtouch pwned\ntR", b"cposix\nsystem\n(Vtouch pwned\ntR", b"cbuiltins\nexec\n(Vimport canary\ntR",
-    b"cbuiltins\neval\n(V__import__('canary')\ntR", b"ccanary\nrun\n)R", b"csubprocess\nPopen\n(Vtrue\ntR", b"ccanary\nX\n)\x81",
+    b"cbuiltins\neval\n(V__import__('canary')\ntR", b"ccanary\nrun\n)R", b"csubprocess\nPopen\n(Vtrue\ntR",
+    b"ccanary\nX\n)\x81",
     b"(Vtouch pwned\nios\nsystem\n", b"\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R", b"ctorch\nload\n(Vx\ntR",
-    b"cnumpy.core.multiarray\n_reconstruct\n", b"ccollections\nOrderedDict\n)R}b", b"c__builtin__\ngetattr\n", b"}]\x94b",
+    b"cnumpy.core.multiarray\n_reconstruct\n", b"ccollections\nOrderedDict\n)R}b", b"c__builtin__\ngetattr\n",
+    b"}]\x94b",
 ]  # fmt: skip
 _OPCODES = [
     b"N", b"0", b"1", b"2", b"(", b")", b"]", b"}", b"t", b"l", b"d", b"e", b"a", b"s", b"u", b"R", b"b", b"o", b"Q",
-    b"\x81", b"\x85", b"\x86", b"\x87", b"\x88", b"\x94", b"\x8f", b"\x91", b".", b"q\xff", b"r\xff\xff\xff\x7f", b"h\0",
-    b"j\xff\xff\xff\xff", b"K\xff", b"J\xff\xff\xff\x7f", b"J\0\0\0\x80", b"\x8a\x08" + b"\xff" * 8, b"X\xff\xff\xff\x7f",
+    b"\x81", b"\x85", b"\x86", b"\x87", b"\x88", b"\x94", b"\x8f", b"\x91", b".", b"q\xff",
+    b"r\xff\xff\xff\x7f", b"h\0",
+    b"j\xff\xff\xff\xff", b"K\xff", b"J\xff\xff\xff\x7f", b"J\0\0\0\x80", b"\x8a\x08" + b"\xff" * 8,
+    b"X\xff\xff\xff\x7f",
     b"\x8b\xff\xff\xff\x7f", b"I" + b"9" * 5000 + b"\n", b"F1e999\n", b"\x96" + b"\xff" * 7 + b"\x7f", b"\x80\x05",
     b"(" * 10_000, b"]" * 10_000, b"\x85" * 100_000, b"(Na" * 1000, b"p99999999999\n", b"Vx\n", b"Pexternal\n",
     b"\x8a\xff" + b"\x7f" * 255, b"\x82\x01", b"X\x03\0\0\0\xed\xa0\x80", b"Vdata/../../outside/secret\n",

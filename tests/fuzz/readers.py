@@ -258,6 +258,9 @@ def _convert(folder: Path) -> None:
 
 
 def _read_tokenizer(folder: Path) -> None:
+    # What only some inputs need, and takes longer than an input may; the last one imports PyTorch where that is.
+    from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedModel  # noqa: F401
+
     tokenizer = open_tokenizer(folder)
     tokenizer.decode(tokenizer.encode("in the end")[:100])
 
