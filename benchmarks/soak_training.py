@@ -39,20 +39,20 @@ def _steps_made(out: Path) -> int:
     return path.read_text(encoding="utf-8").count('"train"') if path.exists() else 0
 
 
-def _killed(command: list[str], out: Path, draws: random.Random, room: int) -> dict[str, Any]:
+def _killed(command: list[str], out: Path, draws: random.Random, pause: float) -> dict[str, Any]:
     """Runs the command until so many more steps are made, and a moment longer; or kills it before its first step."""
     before, more = _steps_made(out), draws.choice([0, 0, 1, 1, 2, 3])
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         started = time.monotonic()
         # Records of steps after the last checkpoint are written anew, so these are counted from the lower number.
-        while process.poll() is None and _steps_made(out) < before + min(more, room):
+        while process.poll() is None and _steps_made(out) < before + more:
             time.sleep(0.002)
-        time.sleep(draws.random() * 2)
+        time.sleep(draws.random() * pause)
         ended = process.poll()
         process.kill()
     staged = any("tmp" in path.name for path in (out / "steps").glob("*")) if (out / "steps").exists() else False
     seconds = round(time.monotonic() - started, 2)
-    return {"steps": _steps_made(out), "seconds": seconds, "while_saving": staged, "code": ended}
+    return {"steps": _steps_made(out), "seconds": seconds, "while_saving": staged, "ended": ended}
 
 
 def _result(out: Path) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
@@ -67,18 +67,25 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", type=Path, help="to fine-tune instead of the bundled model")
+    parser.add_argument("--pause", type=float, default=2.0, help="seconds between a step and a kill, at most")
     options = parser.parse_args()
     folder: Path = options.folder
-    source = gsa_jax.assets.story_neo()
-    convert(source, folder / "checkpoint", splats=source.with_name("story-neo-splats"))
-    subprocess.run(_command(folder / "checkpoint", folder / "whole", options.steps), check=True)
-    command, out = _command(folder / "checkpoint", folder / "killed", options.steps), folder / "killed"
+    checkpoint: Path = options.checkpoint or folder / "checkpoint"
+    folder.mkdir(parents=True)
+    if options.checkpoint is None:
+        source = gsa_jax.assets.story_neo()
+        convert(source, checkpoint, splats=source.with_name("story-neo-splats"))
+    subprocess.run(_command(checkpoint, folder / "whole", options.steps), check=True)
+    command, out = _command(checkpoint, folder / "killed", options.steps), folder / "killed"
     draws = random.Random(options.seed)
     with (folder / "killed.jsonl").open("w", encoding="utf-8") as log:
         for kill in range(1, options.kills + 1):
-            struck = {"kill": kill, **_killed(command, out, draws, options.steps - 5 - _steps_made(out))}
+            struck = {"kill": kill, **_killed(command, out, draws, options.pause)}
             print(json.dumps(struck), file=log, flush=True)
             print(json.dumps(struck), flush=True)
+            if struck["ended"] is not None:
+                sys.exit(f"it ended by itself, with {struck['ended']}, after {kill - 1} kills; give more --steps")
     subprocess.run(command, check=True)
     (records, tensors), (expected_records, expected) = _result(out), _result(folder / "whole")
     differing = [name for name in expected if tensors[name].tobytes() != expected[name].tobytes()]
