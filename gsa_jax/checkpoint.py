@@ -362,7 +362,18 @@ def _refuse_files_elsewhere(folder: Path) -> None:
             if not name.endswith(("_file", "_files")) or value is None:
                 continue
             for named in value if isinstance(value, list) else [value]:
-                if not isinstance(named, str) or Path(named).name != named:
+                # Many name where a file was on the machine that wrote them. One of that name beside it goes before, but
+                # not in a list of versions, of which any may be chosen.
+                own = isinstance(value, str) and (folder / Path(value).name).exists()
+                if isinstance(named, str) and not own and Path(named).name != named and _is_somewhere(folder, named):
                     raise InputError(
                         f"{file}: {name} names {named!r}, which does not stand beside it; remove the field"
                     )
+
+
+def _is_somewhere(folder: Path, named: str) -> bool:
+    """Whether there is such a file on this machine, seen from a folder or from here."""
+    try:
+        return os.path.lexists(folder / named) or os.path.lexists(named)
+    except ValueError:  # a name that no file can have
+        return False

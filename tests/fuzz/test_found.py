@@ -109,7 +109,8 @@ def test_code_and_files_that_a_tokenizer_names(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="custom code"):
         open_tokenizer(tmp_path)
-    for value in ("/etc/hostname", "../secret", ["../tokenizer.1.0.json"]):
+    (tmp_path.parent / "secret").write_text("secret")
+    for value in (str(tmp_path.parent / "secret"), "../secret", ["../secret"]):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"vocab_file": value}))
         with pytest.raises(InputError, match="vocab_file names"):
             open_tokenizer(tmp_path)
