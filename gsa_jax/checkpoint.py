@@ -181,7 +181,7 @@ _CLAIMED = 2**28
 _COMPRESSED = 16
 
 
-def refuse_claims(arrays: Mapping[str, Any], folder: Path) -> None:
+def refuse_claims(arrays: Any, folder: Path) -> None:
     """Raises `ValueError` if arrays, by what Orbax says of them, would take far more memory than their files.
 
     TensorStore makes an array of the shape that its file claims, and chunks of theirs, before it looks for the content.

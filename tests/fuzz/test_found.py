@@ -134,7 +134,7 @@ def test_arrays_that_claim_terabytes(tmp_path, member):
         config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 2**30}
         (folder / "config.json").write_text(json.dumps(config))
     store.write(key, json.dumps(described).encode()).result()
-    with pytest.raises(InputError, match="arrays of 17,1" if member == "shape" else "has chunks of"):
+    with pytest.raises(InputError, match="damaged checkpoint"):
         load(folder)
 
 
