@@ -27,8 +27,9 @@ _WRAPPERS = (
 """Parts of names that DataParallel, trainers, PEFT, `torch.compile`, Fabric, FSDP and activation checkpointing put
 before a name or inside of it, where a module is wrapped."""
 
-_HEADS = ("score", "classifier", "qa_outputs")
-"""First parts of names of Hugging Face's heads for classification and for answering questions."""
+_HEADS = ("score", "classifier", "qa_outputs", "v_head")
+"""First parts of names of heads that stand in for the language model's, or beside it: of Hugging Face's for
+classification and for answering questions, and of TRL's for values."""
 
 _BASE_PREFIX = "transformer."
 LM_HEAD = "lm_head.weight"
@@ -128,9 +129,11 @@ def plan(config: GPTNeoConfig, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
 
     config = _with_splats(config, {name: shapes[source] for name, source in sources.items()})
     found = {name: tuple(shapes[source]) for name, source in sources.items()}
-    problems = shape_problems(expected_shapes(config), found, labels=sources)
+    expected = expected_shapes(config)
+    problems = shape_problems(expected, found, labels=sources)
     if problems:
-        raise InputError(f"{len(problems)} tensors do not fit the config.json: {listed(problems)}")
+        hint = "" if found.keys() & expected.keys() else f"; all of its names are others, such as {next(iter(shapes))}"
+        raise InputError(f"{len(problems)} tensors do not fit the config.json: {listed(problems)}{hint}")
     dialect = "plain"
     if splat_leaves:
         dialect = "unused" if any(leaf.startswith("unused_") for leaf in splat_leaves) else "gsa"
@@ -173,7 +176,7 @@ def _refuse_other_models(names: Mapping[str, str], shapes: Mapping[str, tuple[in
             )
         if name.removeprefix(_BASE_PREFIX).split(".")[0] in _HEADS:
             raise InputError(
-                f"{source} is the head of a classifier; save the language model without it instead: "
+                f"{source} is a head for another task, such as classification; save the language model without it: "
                 "GPTNeoForCausalLM.from_pretrained(SOURCE).save_pretrained(NEW)"
             )
     empty = [source for source in names.values() if 0 in shapes[source]]

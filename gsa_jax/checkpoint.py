@@ -68,9 +68,11 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates",
     "generation_config.json",
-    CARRIED_FILE,
 )
 """Files, and a folder, that travel with the weights, unchanged, as far as the source has them."""
+
+OWN_FILES = (REPORT_FILE, CARRIED_FILE)
+"""Files of a checkpoint that go along to one that is made of it, and that no Hugging Face folder has."""
 
 
 def save(
@@ -117,9 +119,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def travelling_files(folder: Path) -> list[Path]:
-    """The files that go from a checkpoint to one that is made of it: those of its tokenizer, and where it came from."""
-    report = folder / REPORT_FILE
-    return [*tokenizer_files(folder), *([report] if report.is_file() else [])]
+    """The files that go from a checkpoint to one that is made of it: those of its tokenizer, and `OWN_FILES`."""
+    return [*tokenizer_files(folder), *(folder / name for name in OWN_FILES if (folder / name).is_file())]
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -206,8 +207,11 @@ def load_tensors(folder: str | Path) -> tuple[GPTNeoConfig, dict[str, np.ndarray
     """
     folder = Path(folder)
     if not folder.is_dir():
-        remedy = f"; a model of the hub is converted first: gsa convert {folder} OUT" if is_hub_id(str(folder)) else ""
-        raise InputError(f"{folder}: no such checkpoint folder{remedy}")
+        remedy = (
+            f"; if it is on a hub, fetch it first: gsa convert {folder} OUT, or, if it is a checkpoint there, "
+            f"hf download {folder} --local-dir OUT"
+        )
+        raise InputError(f"{folder}: no such checkpoint folder{remedy if is_hub_id(str(folder)) else ''}")
     if not (folder / WEIGHTS_FOLDER).is_dir():
         remedy = f"; convert it first: gsa convert {folder} OUT" if (folder / CONFIG_FILE).exists() else ""
         raise InputError(f"{folder}: not a gsa-jax checkpoint (no {WEIGHTS_FOLDER}/ in it){remedy}")
@@ -251,7 +255,7 @@ def load(
         param_dtype: of the parameters; as the folder has them if None.
         remat: recompute each block in the backward pass instead of keeping its activations.
         window: tokens that splat layers attend to exactly, instead of as many as the checkpoint says; `"all"` makes
-            them exact, 0 leaves them nothing but splats and kept keys.
+            them exact, 0 leaves them splats and kept keys.
         kept: keys beyond the window that each head of a splat layer sees exactly, instead of as many as the checkpoint
             says; with `window="all"` there are none.
         attention_implementation: what computes exact attention: `auto`, `xla`, `splash` (TPU) or `cudnn` (NVIDIA GPU).

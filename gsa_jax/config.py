@@ -243,7 +243,7 @@ class GPTNeoConfig:
         refuse_other_names(
             values,
             {field: getattr(config, field) for field in own}
-            | {"intermediate_size": config.mlp_dim, "head_dim": config.head_dim},
+            | {"intermediate_size": config.mlp_dim, "hidden_size / num_heads": config.head_dim},
         )
         return config
 

@@ -104,6 +104,8 @@ class GenerationConfig:
         for name, off in {"top_k": 0, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "repetition_penalty": 1}.items():
             if found.get(name) == off:
                 del found[name]
+        if not found.get("do_sample"):  # where files say so in their own way
+            found = {name: value for name, value in found.items() if name not in ("temperature", "top_p") or value != 0}
         eos = values.get("eos_token_id", config.eos_token_id)
         pad = _ids("pad_token_id", found.pop("pad_token_id", None), config)
         settings: dict[str, Any] = {name: value for name, value in found.items() if name in own} | {

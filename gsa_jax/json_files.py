@@ -49,4 +49,4 @@ def read_json(file: Path) -> Any:
         content = stream.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES:,} bytes")
-    return parse_json(content.decode("utf-8"))
+    return parse_json(content.decode("utf-8-sig"))  # editors of Windows begin with a byte order mark

@@ -72,8 +72,10 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> ModelCard:
 def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None) -> str:
     """Uploads a checkpoint folder, whole, with its `README.md` as the model card, or, without one, with `model_card`.
 
-    The repository is made if there is none; weights that were there before are replaced. `from_pretrained(repo_id)`
-    loads it. The login is that of `hf auth login`, or `HF_TOKEN`.
+    Everything in the folder becomes public with it, reports included; they and the card name sources and texts as
+    they were given to the commands, paths of this machine among them. The repository is made if there is none; weights
+    that were there before are replaced. `from_pretrained(repo_id)` loads it. The login is that of
+    `hf auth login`, or `HF_TOKEN`.
 
     Args:
         repo_id: `owner/name`, or a name of the user's own.

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 ORDER = [
     {"errors", "assets", "progress", "hlo", "json_files"},
-    {"hf_fields", "splat_config"},
+    {"hf_fields", "splat_config", "stand_ins"},
     {"config", "topology"},
     {"ops", "generation_config", "tokenizer"},
     {"layers", "layer_scan"},
@@ -25,8 +25,8 @@ ORDER = [
     {"sharding", "loss", "sampling", "text", "prompts"},
     {"checkpoint"},
     {"generation", "evaluation", "convert"},
-    {"fitting", "completion", "lm_eval", "pretrained"},
-    {"train", "publishing"},
+    {"fitting", "completion", "pretrained"},
+    {"train", "publishing", "lm_eval"},
     {"cli"},
 ]
 """A part imports parts that stand before it, and itself; those that stand beside it are strangers."""

@@ -68,7 +68,7 @@ class Generate(Command):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and computation."""
     window: int | Literal["all"] | None = None
-    """Tokens that splat layers see exactly: a number, 0 for splats alone, or `all`. By default the checkpoint's."""
+    """Tokens that splat layers see exactly: a number, 0 for none, or `all`. By default the checkpoint's."""
 
     kept: int | None = None
     """Keys beyond the window that each head of a splat layer sees exactly. By default the checkpoint's."""
@@ -174,6 +174,8 @@ def read_prompts(file: Path) -> list[str]:
         InputError: it cannot be read, is not UTF-8 or not JSON, or has no prompt in it.
     """
     name = "stdin" if str(file) == "-" else str(file)
+    if name == "stdin" and sys.stdin is None:
+        raise InputError("stdin: is closed; give a file with a prompt in each line")
     try:
         content = (sys.stdin.buffer.read() if name == "stdin" else file.read_bytes()).decode("utf-8-sig")
     except FileNotFoundError:
