@@ -142,7 +142,7 @@ def _carried(folder: Path) -> dict[str, Any]:
     file = folder / CARRIED_FILE
     try:
         values = read_json(file) if file.is_file() else {}
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise InputError(f"{file}: damaged ({error})") from None
     if not isinstance(values, dict):
         raise InputError(f"{file}: damaged (no fields in it)")
@@ -215,7 +215,7 @@ def load_tensors(folder: str | Path) -> tuple[GPTNeoConfig, dict[str, np.ndarray
     if not (folder / WEIGHTS_FOLDER).is_dir():
         remedy = f"; convert it first: gsa convert {folder} OUT" if (folder / CONFIG_FILE).exists() else ""
         raise InputError(f"{folder}: not a gsa-jax checkpoint (no {WEIGHTS_FOLDER}/ in it){remedy}")
-    refuse_foreign(folder, [CONFIG_FILE, WEIGHTS_FOLDER, *TOKENIZER_FILES])
+    refuse_foreign(folder, [CONFIG_FILE, WEIGHTS_FOLDER, *TOKENIZER_FILES, *OWN_FILES])
     config = read_config(folder / CONFIG_FILE)
     require_backend()
     refuse_unreadable(folder / WEIGHTS_FOLDER)

@@ -81,7 +81,7 @@ def refuse_existing(out: Path) -> None:
         raise InputError(f"{out} exists already; choose another output or remove it first")
 
 
-def refuse_foreign(folder: Path, names: Iterable[str]) -> None:
+def refuse_foreign(folder: Path, names: Iterable[str] = (".",)) -> None:
     """Raises `InputError` if what is read of a folder is not its own: a link that leads out of it, a pipe, a device.
 
     A folder from a stranger could otherwise have any file of the reader copied, and uploaded with a model. Snapshots in
@@ -89,6 +89,7 @@ def refuse_foreign(folder: Path, names: Iterable[str]) -> None:
 
     Args:
         names: of files in it, and of folders that are read as a whole; those that are not there are passed over.
+            Everything in it if they are left out.
     """
     real = Path(os.path.realpath(folder))
     own = [real, *(parent.parent / "blobs" for parent in real.parents if parent.name == "snapshots")]

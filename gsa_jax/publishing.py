@@ -17,6 +17,7 @@ from gsa_jax.convert.folder import holds_checkpoint
 from gsa_jax.convert.hub import hub_errors
 from gsa_jax.errors import InputError, first_line
 from gsa_jax.evaluation.intervals import Estimate
+from gsa_jax.files import refuse_foreign
 from gsa_jax.fitting.fitted import FIT_REPORT_FILE
 from gsa_jax.json_files import read_json
 from gsa_jax.parameters import expected_shapes, is_splat
@@ -119,6 +120,7 @@ def _checkpoint(folder: str | Path) -> Path:
         raise InputError(f"{folder}: no such checkpoint folder")
     if not holds_checkpoint({path.name for path in folder.iterdir()}):
         raise InputError(f"{folder}: not a gsa-jax checkpoint (no {WEIGHTS_FOLDER}/ in it); make one with gsa convert")
+    refuse_foreign(folder)  # it is uploaded with whatever links in it lead to
     return folder
 
 

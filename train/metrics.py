@@ -83,16 +83,17 @@ def read_metrics(folder: Path) -> list[Record]:
         InputError: the folder has none, or they cannot be read.
     """
     path = folder / METRICS_FILE
+    refuse_foreign(folder, [METRICS_FILE])
     try:
-        refuse_foreign(folder, [METRICS_FILE])
         lines = path.read_text(encoding="utf-8").split("\n")
+        records = [parse_json(line) for line in lines[:-1]]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the folder of a run") from None
-    try:
-        records = [parse_json(line) for line in lines[:-1]]
     except ValueError as error:
         raise InputError(f"{path}: not JSON lines ({error}); remove the broken line") from None
     for number, record in enumerate(records, 1):
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise InputError(f"{path}, line {number}: not a record of a run; remove the line")
+        match record:
+            case {"step": int(), "kind": str()}:
+                continue
+        raise InputError(f"{path}, line {number}: not a record of a run; remove the line")
     return records

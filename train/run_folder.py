@@ -21,7 +21,6 @@ from gsa_jax.errors import InputError
 from gsa_jax.files import refuse_existing, refuse_foreign
 from gsa_jax.json_files import read_json
 from gsa_jax.train.config import TrainConfig
-from gsa_jax.train.metrics import METRICS_FILE
 
 RUN_FILE = "run.json"
 STEPS_FOLDER = "steps"
@@ -69,9 +68,9 @@ def open_run(
     resolved = _resolved(config, model, content)
     path = config.out / RUN_FILE
     problem, notes = None, ()
-    refuse_foreign(config.out, [RUN_FILE, METRICS_FILE, STEPS_FOLDER])
     if jax.process_index() == 0:
         try:
+            refuse_foreign(config.out)  # a run writes into it as well
             if path.exists():
                 notes = _go_on(path, resolved)
             else:

@@ -130,12 +130,24 @@ class _RunOfALibrary(Tracking):
 
 
 def _read(file: Path) -> dict[str, Any]:
+    remedy = "remove it to begin a new run there"
     try:
-        return read_json(file)
+        tracked = read_json(file)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); remove it to begin a new run there") from None
+        raise InputError(f"{file}: cannot be read ({error}); {remedy}") from None
+    match tracked:
+        case dict() if all(map(_is_known, tracked.values())):
+            return tracked
+    raise InputError(f"{file}: does not say what was tracked; {remedy}")
+
+
+def _is_known(of_library: Any) -> bool:
+    match of_library:
+        case {"run": str(), "last": [int(), bool()]}:
+            return True
+    return False
 
 
 def _import(package: str, pip: str) -> Any:

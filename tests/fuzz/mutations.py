@@ -318,7 +318,18 @@ def _change_arrays(draw: Draw, files: dict[str, Any], state: str, outside: str) 
                 files[str(path.relative_to(made))] = path.read_bytes()
 
 
+_STAND_INS = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1\n",
+    b"<!DOCTYPE html>\n<html><title>404</title></html>\n",
+    b"  <HTML>\xff",
+    b"",
+)
+"""What lies in the place of a file that was not fetched."""
+
+
 def _change_file(draw: Draw, name: str, data: bytes, outside: str) -> bytes:
+    if draw(st.integers(0, 31)) == 0:
+        return draw(st.sampled_from(_STAND_INS))
     structured = draw(st.integers(0, 3)) > 0
     if name.endswith(".safetensors") and structured:
         return _change_header(draw, data, outside)

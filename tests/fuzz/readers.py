@@ -13,6 +13,7 @@ import json
 import pickle
 import shutil
 import struct
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,19 +25,25 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gsa_jax.checkpoint import load, open_tokenizer, save
+from gsa_jax.cli.generation import read_prompts
 from gsa_jax.config import GPTNeoConfig
+from gsa_jax.convert.exporter import export
 from gsa_jax.convert.folder import check_config
 from gsa_jax.convert.hub import find_folder
 from gsa_jax.convert.importer import open_conversion
 from gsa_jax.convert.reader import open_folder
 from gsa_jax.convert.splat_folder import read_splats, write_splats
+from gsa_jax.generation_config import read_generation_config
 from gsa_jax.parameters import build_model, expected_shapes
+from gsa_jax.pretrained import from_pretrained, save_pretrained
+from gsa_jax.publishing import model_card
 from gsa_jax.splat_config import SplatConfig
 from gsa_jax.text_files import TextFiles, read_pieces
 from gsa_jax.train.checkpoints import RunCheckpoints
 from gsa_jax.train.config import Finetune
 from gsa_jax.train.data import read_tokens
 from gsa_jax.train.metrics import read_metrics
+from gsa_jax.train.plot import PLOT_FILE, plot_run
 from gsa_jax.train.run_folder import open_run
 
 SETTINGS = {
@@ -163,6 +170,15 @@ def _archive(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(archive(pickled(state_dict(tensors)), tensors))
 
 
+def _trainer(folder: Path) -> None:
+    """The state dict in what a trainer saves beside it, and its names behind that of a wrapper."""
+    _config(folder)
+    tensors = weights(CONFIG)
+    wrapped = state_dict({f"module.{name}": tensor for name, tensor in tensors.items()})
+    saved = {"epoch": 3, "model_state_dict": wrapped, "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]}}
+    (folder / "pytorch_model.bin").write_bytes(archive(pickled(saved), tensors))
+
+
 def _legacy(folder: Path) -> None:
     _config(folder)
     tensors = weights(CONFIG)
@@ -205,6 +221,33 @@ def _checkpoint(folder: Path) -> None:
     (folder / "generation_config.json").write_text('{"do_sample": true, "top_k": 5, "temperature": 0.5}')
 
 
+def _generation_config(folder: Path) -> None:
+    values = {"do_sample": True, "top_k": 5, "temperature": 0.5, "top_p": 0.9, "min_p": 0.1, "eos_token_id": [0, 3]}
+    values |= {"pad_token_id": 1, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "max_new_tokens": 4}
+    values |= {"num_beams": 4, "bad_words_ids": [[1, 2]], "transformers_version": "4.57.6"}
+    (folder / "generation_config.json").write_text(json.dumps(values), encoding="utf-8")
+
+
+def _reports(folder: Path) -> None:
+    """A checkpoint as commands leave it, with the reports that go along with it and into its card."""
+    shutil.rmtree(folder)
+    estimate = {"value": 2.5, "interval": [2.25, 2.75]}
+    splats = dataclasses.asdict(SPLATS.splats)
+    arms = [{"name": "splats", "perplexity": estimate, "perplexity_ratio": {"value": 1.0, "interval": None}}]
+    scored = {"splats": splats, "layers": [0], "arms": arms, "documents": 3, "tokens": 30, "text": "a.txt, b.txt"}
+    scored |= {"context": 8, "state_bytes": 128, "gap_closed": estimate}
+    compared = {"oracle": "PyTorch", "inputs": "random", "tokens": 9, "relative_rms": 1e-7, "tolerance": 1e-4}
+    compared |= {"top1_agreement": 1.0, "loss": 2.5, "oracle_loss": 2.5, "agrees": True}
+    reports = {
+        "conversion.json": {"source": "a", "hub_id": "owner/name", "dialect": "plain"},
+        "config.carried.json": {"task_specific_params": {"text-generation": {"top_k": 5}}},
+        "fit_init.json": {"tokens": 10, "text": "a.txt", "seed": 0},
+        "verify.json": {"comparisons": [compared]},
+        "eval.json": scored,
+    }
+    save(folder, SPLATS, weights(SPLATS), copied=(), reports=reports)
+
+
 def _splat_folder(folder: Path) -> None:
     shutil.rmtree(folder)
     write_splats(folder, SPLATS, weights(SPLATS))
@@ -216,7 +259,9 @@ def _run_settings(folder: Path) -> Finetune:
 
 def _run(folder: Path) -> None:
     resolved, _ = open_run(_run_settings(folder), SPLATS, {"text": "0", "checkpoint": "1"})
-    (folder / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "loss": 2.5}\n{"step": 2, "kind": "eval"}\n')
+    scored = {"step": 2, "kind": "eval", "tokens": 9, "perplexity_ratio/exact": 1.0, "perplexity_ratio/splats": 1.25}
+    records = [{"step": 1, "kind": "train", "loss": 2.5}, {"step": 2, "kind": "train", "loss": 2.25}, scored]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     with RunCheckpoints(folder / "steps", keep=2) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, {"params": {"w": jnp.arange(6.0)}}, {"batch": step}, resolved)
@@ -228,6 +273,8 @@ def _text(folder: Path) -> None:
 
 def _gzip(folder: Path) -> None:
     (folder / "text.txt.gz").write_bytes(gzip.compress("<|endoftext|>".join(TEXTS).encode(), mtime=0))
+    lines = "\n".join(json.dumps({"text": text}) for text in TEXTS)
+    (folder / "text.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
 
 
 def _json_lines(folder: Path) -> None:
@@ -240,6 +287,12 @@ def _parquet(folder: Path) -> None:
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"text": TEXTS, "n": [0, 1, 2]}), folder / "text.parquet")
+
+
+def _prompts(folder: Path) -> None:
+    (folder / "prompts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    lines = [json.dumps({"prompt": text}) for text in TEXTS]
+    (folder / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
 def _token_ids(folder: Path) -> None:
@@ -265,6 +318,23 @@ def _read_tokenizer(folder: Path) -> None:
     tokenizer.decode(tokenizer.encode("in the end")[:100])
 
 
+def _read_generation_config(folder: Path) -> None:
+    read = read_generation_config(folder, CONFIG)
+    json.dumps(read.to_hf())
+
+
+def _use_checkpoint(folder: Path) -> None:
+    """What is made of a checkpoint lands beside it, inside of the folder that is watched."""
+    made = folder / "made"
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    tempfile.tempdir = str(made)
+    model_card(folder)
+    save_pretrained(from_pretrained(folder), made / "saved")
+    export(folder, made / "exported")
+    export(folder, made / "exact", exact=True)
+
+
 def _read_splats(folder: Path) -> None:
     read_splats(folder, CONFIG)
 
@@ -274,6 +344,8 @@ def _read_run(folder: Path) -> None:
     read_metrics(folder)
     with RunCheckpoints(folder / "steps", keep=2) as checkpoints:
         checkpoints.restore({"params": {"w": jax.ShapeDtypeStruct((6,), jnp.float32)}})
+    (folder / PLOT_FILE).unlink(missing_ok=True)
+    plot_run(folder)
 
 
 def _read_text(folder: Path) -> None:
@@ -281,6 +353,11 @@ def _read_text(folder: Path) -> None:
         for longest in (None, 8):
             for _ in read_pieces(TextFiles((path,)), longest):
                 pass
+
+
+def _read_prompts(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        read_prompts(path)
 
 
 def _read_token_ids(folder: Path) -> None:
@@ -302,20 +379,24 @@ class Reader:
 
 
 READERS = {
-    "config": Reader(_config, _read_config, 120),
-    "safetensors": Reader(_safetensors, _convert, 120),
-    "index": Reader(_sharded, _convert, 80),
-    "archive": Reader(_archive, _convert, 150),
+    "config": Reader(_config, _read_config, 110),
+    "safetensors": Reader(_safetensors, _convert, 110),
+    "index": Reader(_sharded, _convert, 70),
+    "archive": Reader(_archive, _convert, 110),
+    "trainer": Reader(_trainer, _convert, 50),
     "legacy": Reader(_legacy, _convert, 80),
-    "tokenizer": Reader(_tokenizer, _read_tokenizer, 120),
-    "old-tokenizer": Reader(_old_tokenizer, _read_tokenizer, 40),
-    "checkpoint": Reader(_checkpoint, load, 60),
-    "splats": Reader(_splat_folder, _read_splats, 60),
+    "tokenizer": Reader(_tokenizer, _read_tokenizer, 110),
+    "old-tokenizer": Reader(_old_tokenizer, _read_tokenizer, 30),
+    "generation": Reader(_generation_config, _read_generation_config, 40),
+    "checkpoint": Reader(_checkpoint, load, 50),
+    "reports": Reader(_reports, _use_checkpoint, 30),
+    "splats": Reader(_splat_folder, _read_splats, 50),
     "run": Reader(_run, _read_run, 30),
     "text": Reader(_text, _read_text, 30, owned=False),
     "gzip": Reader(_gzip, _read_text, 30, owned=False),
-    "jsonl": Reader(_json_lines, _read_text, 40, owned=False),
-    "parquet": Reader(_parquet, _read_text, 30, owned=False),
+    "jsonl": Reader(_json_lines, _read_text, 30, owned=False),
+    "parquet": Reader(_parquet, _read_text, 20, owned=False),
+    "prompts": Reader(_prompts, _read_prompts, 10, owned=False),
     "ids": Reader(_token_ids, _read_token_ids, 10, owned=False),
 }
 assert sum(reader.share for reader in READERS.values()) == 1000

@@ -27,9 +27,12 @@ LONGEST_LINE = 2000
 _IN_ACCESS, _IN_MODIFY, _IN_OPEN, _IN_CREATE, _IN_DELETE = 0x1, 0x2, 0x20, 0x100, 0x200
 _IN_NONBLOCK, _IN_CLOEXEC = os.O_NONBLOCK, os.O_CLOEXEC
 
+_ROOT = str(Path(__file__).parents[2])
+"""Where this package's own code is, if it was not copied when it was installed."""
+
 _INSTALLED = tuple(
     os.path.realpath(path) + "/"
-    for path in {*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix, *sys.path, "/proc", "/sys"}
+    for path in {*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix, *sys.path, _ROOT, "/proc", "/sys"}
     if path
 )
 """Where a library may read files of its own, while a reader runs for the first time."""
