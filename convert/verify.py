@@ -186,7 +186,7 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
     names = ""
     try:
         config = config_class.from_pretrained(source.folder)
-    except (ValueError, TypeError):  # its layers are named in a way that only `gsa_jax.config` reads
+    except (ValueError, TypeError, OSError):  # its layers or its bytes are as only `gsa_jax.config` reads them
         config = config_class.from_dict(source.config.to_hf())
         names = ", configuration by our names"
     loaded: Any = model_class.from_pretrained(source.folder, config=config, output_loading_info=True)

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from fuzz.readers import CONFIG, READERS, SPLATS, TEXTS, _run_settings
 
-from gsa_jax.checkpoint import load, open_tokenizer, save
+from gsa_jax.checkpoint import OWN_FILES, load, open_tokenizer, save
 from gsa_jax.convert.splat_folder import read_splats
 from gsa_jax.errors import InputError
+from gsa_jax.publishing import push_to_hub
 from gsa_jax.text_files import TextFiles, read_pieces
 from gsa_jax.train.metrics import read_metrics
+from gsa_jax.train.plot import plot_run
 from gsa_jax.train.run_folder import open_run
 
 
@@ -154,11 +156,49 @@ def test_runs_that_are_none(tmp_path, content):
         open_run(_run_settings(tmp_path), SPLATS, {"text": "0", "checkpoint": "1"})
 
 
-@pytest.mark.parametrize("line", ["3", "[" * 10_000, '{"kind": "train"}', "9" * 5000])
+@pytest.mark.parametrize("line", [b"3", b"[" * 10_000, b'{"kind": "train"}', b'{"step": 1}', b"9" * 5000, b"\xff"])
 def test_records_that_are_none(tmp_path, line):
-    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    (tmp_path / "metrics.jsonl").write_bytes(line + b"\n")
     with pytest.raises(InputError, match="remove the"):
         read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("loss", ["", ', "loss": "x"', ', "loss": NaN', ', "loss": [1]'])
+def test_records_that_cannot_be_drawn(tmp_path, loss):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "kind": "train"{loss}}}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl: not to be drawn"):
+        plot_run(tmp_path)
+    assert not (tmp_path / "metrics.svg").exists()
+
+
+def test_what_a_run_writes_stays_in_it(tmp_path):
+    """A link in a stranger's run, by the name of a file that is written there."""
+    secret, run = tmp_path / "secret", tmp_path / "run"
+    secret.write_text("secret")
+    run.mkdir()
+    READERS["run"].make(run)
+    (run / ".metrics.jsonl.partial").symlink_to(secret)
+    with pytest.raises(InputError, match="leads out of its folder"):
+        open_run(_run_settings(run), SPLATS, {"text": "0", "checkpoint": "1"})
+    (run / "metrics.svg").symlink_to(secret)
+    with pytest.raises(InputError, match="leads out of its folder"):
+        plot_run(run)
+    assert secret.read_text() == "secret"
+
+
+@pytest.mark.parametrize("name", ["conversion.json", "config.carried.json", "eval.json", "notes.txt"])
+def test_links_in_a_checkpoint_that_would_be_copied_or_uploaded(tmp_path, name):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    READERS["reports"].make(folder)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    (tmp_path / "secret").write_text("{}")
+    if name in OWN_FILES:
+        with pytest.raises(InputError, match="leads out of its folder"):
+            load(folder)
+    with pytest.raises(InputError, match="leads out of its folder"):
+        push_to_hub(folder, "owner/name")
 
 
 def test_splats_that_lie_elsewhere(tmp_path):
