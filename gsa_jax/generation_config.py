@@ -14,6 +14,7 @@ from typing import Any
 
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
+from gsa_jax.files import refuse_foreign
 from gsa_jax.json_files import read_json
 
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -140,6 +141,7 @@ def read_generation_config(folder: Path, config: GPTNeoConfig) -> GenerationConf
         InputError: the file cannot be used; the message names it.
     """
     file = folder / GENERATION_CONFIG_FILE
+    refuse_foreign(folder, [GENERATION_CONFIG_FILE])
     remedy = "mend it, or remove it to do without"
     try:
         values = read_json(file)

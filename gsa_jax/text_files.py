@@ -200,7 +200,11 @@ def _table_rows(path: Path, field: str) -> Iterator[_Block]:
         raise InputError(f"{path}: reading Parquet needs pyarrow; pip install 'gsa-jax[parquet]'") from None
     size = path.stat().st_size
     try:
-        with parquet.ParquetFile(path, read_dictionary=[field]) as table:
+        metadata = parquet.read_metadata(path)
+        # Text that many rows repeat is held once; lists and structs, which the file splits up, have no such column.
+        paths = (metadata.schema.column(number).path for number in range(metadata.num_columns))
+        shared = [name for name in paths if name == field]
+        with parquet.ParquetFile(path, metadata=metadata, read_dictionary=shared) as table:
             names = table.schema_arrow.names
             if field not in names:
                 raise InputError(f"{path}: no column {field!r} in it; choose of {_names(names)} with --text-field")

@@ -15,13 +15,13 @@ ROOT = Path(__file__).parents[1]
 
 ORDER = [
     {"errors", "assets", "progress", "hlo", "json_files"},
-    {"hf_fields", "splat_config", "stand_ins"},
+    {"files", "hf_fields", "splat_config", "stand_ins"},
     {"config", "topology"},
     {"ops", "generation_config", "tokenizer"},
     {"layers", "layer_scan"},
     {"attention"},
     {"model"},
-    {"parameters", "files", "text_files"},
+    {"parameters", "text_files"},
     {"sharding", "loss", "sampling", "text", "prompts"},
     {"checkpoint"},
     {"generation", "evaluation", "convert"},

@@ -102,13 +102,17 @@ class Watch:
             return f"{event} {arguments!r:.300}"
         if event == "open":
             path, mode, flags = arguments
-            if self._inside(path):
+            # `shutil.rmtree` opens folders by their names in another one, which the event does not tell.
+            if self._inside(path) or (mode is None and not os.path.dirname(path)):
                 return None
             writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) if flags is not None else "r" not in mode
             installed = os.path.realpath(os.fsdecode(path)).startswith(_INSTALLED)
             return None if installed and not writes else f"opened {path!r:.300} {mode}"
-        if event in _CHANGES and not self._inside(arguments[0]):
-            return f"{event} {arguments!r:.300}"
+        if event in _CHANGES:
+            path, *more = arguments
+            if event in ("os.remove", "os.rmdir") and more[0] >= 0:
+                path = f"/proc/self/fd/{more[0]}/{os.fsdecode(path)}"
+            return None if self._inside(path) else f"{event} {arguments!r:.300}"
         if event == "import" and str(arguments[0]).split(".")[0] in ("canary", "antigravity", "this", "pty", "turtle"):
             return f"imported {arguments[0]}"
         if event == "exec":
