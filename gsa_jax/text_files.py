@@ -210,14 +210,12 @@ def _table_rows(path: Path, field: str) -> Iterator[_Block]:
                 raise InputError(f"{path}: no column {field!r} in it; choose of {_names(names)} with --text-field")
             done = 0
             for batch in table.iter_batches(_PARQUET_ROWS, columns=[field]):
-                for scalar in batch.column(
-                    0
-                ):  # one by one: a dictionary may hold a long text once, and rows name it often
+                for scalar in batch.column(0):  # not all at once: rows may name a long text often that is held once
                     value = scalar.as_py()
                     done += 1
                     where = f"{path}, row {done}"
                     yield _Block(_checked(value, where, field), True, size * done // table.metadata.num_rows)
-    except ArrowException as error:
+    except (ArrowException, UnicodeDecodeError) as error:  # the latter if what is said to be text is none
         raise InputError(f"{path}: not a Parquet file that can be read ({first_line(error)})") from None
 
 

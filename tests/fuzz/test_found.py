@@ -223,6 +223,16 @@ def test_a_document_without_end(tmp_path):
         list(read_pieces(TextFiles((lines,))))
 
 
+def test_a_column_of_text_that_is_none(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    column = pyarrow.array([b"whole", b"\x9e"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "text.parquet")
+    with pytest.raises(InputError, match=r"text\.parquet: not a Parquet file that can be read \('utf-8'"):
+        list(read_pieces(TextFiles((tmp_path / "text.parquet",))))
+
+
 def test_a_column_that_says_one_text_often_still_gives_each_row(tmp_path):
     """Read as a dictionary, so that rows share a text that they repeat."""
     import pyarrow
