@@ -18,6 +18,7 @@ import pickletools
 import re
 import struct
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -262,7 +263,8 @@ def _change_archive(draw: Draw, data: bytes) -> bytes:
                 held = change_bytes(draw, held)
             if kind == "bomb" and name.endswith("data.pkl"):
                 held = held[:-1] + b"N0" * 2**22 + b"."
-            made.writestr(name, held)
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a name that is there twice
+                made.writestr(name, held)
     return stream.getvalue()
 
 
@@ -384,5 +386,6 @@ def changed(draw: Draw, valid: Mapping[str, bytes], outside: str, owned: bool = 
     if owned and draw(st.integers(0, 15)) == 0:
         extra = ["adapter_config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "weights"]
         kinds = [b"{}", b"[", b"\xff", Link(f"{outside}/secret"), Link(outside), Special("fifo"), Special("folder")]
-        files.setdefault(draw(st.sampled_from(extra)), draw(st.sampled_from(kinds)))
+        name = draw(st.sampled_from([name for name in extra if not any(file.startswith(f"{name}/") for file in files)]))
+        files.setdefault(name, draw(st.sampled_from(kinds)))
     return files
