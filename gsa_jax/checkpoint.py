@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -346,22 +346,29 @@ def _with_tokenizer(folder: str | Path) -> Path:
 def _from_transformers(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    _refuse_files_elsewhere(folder)
+    _refuse_traps(folder)
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise InputError(f"{folder}: its tokenizer cannot be read ({first_line(error)})") from error
 
 
-def _refuse_files_elsewhere(folder: Path) -> None:
-    """Raises `InputError` if `transformers`, which reads files that a configuration names, would leave the folder."""
-    for file in (folder / "tokenizer_config.json", folder / CONFIG_FILE):
+_LONGEST_TOKEN = 10_000
+"""Characters; adding one of ten times as many keeps `transformers` busy for longer than ten seconds."""
+
+
+def _refuse_traps(folder: Path) -> None:
+    """Raises `InputError` if a configuration would lead `transformers` out of the folder, or keep it busy."""
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CONFIG_FILE)
+    for file in (folder / name for name in names):
         try:
             values = read_json(file)
         except FileNotFoundError:
             continue
         except (ValueError, OSError) as error:
             raise InputError(f"{file}: cannot be read ({first_line(error)})") from None
+        if max(_lengths(values), default=0) > _LONGEST_TOKEN:
+            raise InputError(f"{file}: a token of more than {_LONGEST_TOKEN:,} characters; remove it")
         for name, value in values.items() if isinstance(values, dict) else ():
             if not name.endswith(("_file", "_files")) or value is None:
                 continue
@@ -373,6 +380,19 @@ def _refuse_files_elsewhere(folder: Path) -> None:
                     raise InputError(
                         f"{file}: {name} names {named!r}, which does not stand beside it; remove the field"
                     )
+
+
+def _lengths(value: Any) -> Iterator[int]:
+    """Of all texts in JSON but those of chat templates."""
+    if isinstance(value, str):
+        yield len(value)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield len(key)
+            yield from _lengths(inner) if key != "chat_template" else ()
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _lengths(inner)
 
 
 def _is_somewhere(folder: Path, named: str) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzz.readers import CONFIG, READERS, SPLATS, TEXTS, _run_settings
+from fuzz.readers import CONFIG, READERS, SPLATS, TEXTS, VOCABULARY, _run_settings
 
 from gsa_jax.checkpoint import OWN_FILES, load, open_tokenizer, save
 from gsa_jax.convert.splat_folder import read_splats
@@ -118,6 +118,17 @@ def test_code_and_files_that_a_tokenizer_names(tmp_path):
             open_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "tokenizer_config.json"])
+def test_a_token_that_takes_longer_to_add_than_a_model_to_load(tmp_path, name):
+    READERS["tokenizer"].make(tmp_path)
+    values = json.loads((tmp_path / name).read_text()) | {"chat_template": "x" * 100_000}
+    (tmp_path / name).write_text(json.dumps(values | {"pad_token": "x" * 100_000}))
+    with pytest.raises(InputError, match=rf"{name}: a token of more than 10,000 characters; remove it"):
+        open_tokenizer(tmp_path)
+    (tmp_path / name).write_text(json.dumps(values))
+    assert open_tokenizer(tmp_path).encode("the") == [VOCABULARY.index("th"), VOCABULARY.index("e")]
+
+
 @pytest.mark.parametrize("member", ["shape", "chunks"])
 def test_arrays_that_claim_terabytes(tmp_path, member):
     """Of which everything else fits: the embedding of as many tokens as the configuration says, and no bytes of it."""
@@ -211,6 +222,7 @@ def test_splats_that_lie_elsewhere(tmp_path):
         read_splats(folder, CONFIG)
 
 
+@pytest.mark.slow
 def test_a_document_without_end(tmp_path):
     file = tmp_path / "text.txt.gz"
     file.write_bytes(gzip.compress(b"a" * 2**22, mtime=0) * 20)
