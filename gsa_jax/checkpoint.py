@@ -375,7 +375,7 @@ def _refuse_traps(folder: Path) -> None:
             for named in value if isinstance(value, list) else [value]:
                 # Many name where a file was on the machine that wrote them. One of that name beside it goes before, but
                 # not in a list of versions, of which any may be chosen.
-                own = isinstance(value, str) and (folder / Path(value).name).exists()
+                own = isinstance(value, str) and os.path.exists(folder / Path(value).name)
                 if isinstance(named, str) and not own and Path(named).name != named and _is_somewhere(folder, named):
                     raise InputError(
                         f"{file}: {name} names {named!r}, which does not stand beside it; remove the field"
@@ -397,7 +397,4 @@ def _lengths(value: Any) -> Iterator[int]:
 
 def _is_somewhere(folder: Path, named: str) -> bool:
     """Whether there is such a file on this machine, seen from a folder or from here."""
-    try:
-        return os.path.lexists(folder / named) or os.path.lexists(named)
-    except ValueError:  # a name that no file can have
-        return False
+    return os.path.lexists(folder / named) or os.path.lexists(named)

@@ -116,6 +116,10 @@ def test_code_and_files_that_a_tokenizer_names(tmp_path):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"vocab_file": value}))
         with pytest.raises(InputError, match="vocab_file names"):
             open_tokenizer(tmp_path)
+    for value in ("[" * 1000, "a/" + "b" * 1000, "\0"):  # which no file is called
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"vocab_file": value}))
+        with pytest.raises(InputError, match="its tokenizer cannot be read"):
+            open_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["special_tokens_map.json", "tokenizer_config.json"])
