@@ -80,6 +80,10 @@ class RunCheckpoints:
             )
         except OSError as error:
             raise InputError(f"{folder}: cannot hold checkpoints ({error.strerror or first_line(error)})") from error
+        except DAMAGE as error:  # Orbax looks at what all of them say of themselves
+            raise InputError(
+                f"{folder}: one of its _CHECKPOINT_METADATA is damaged ({first_line(error)}); remove that checkpoint"
+            ) from error
 
     def __enter__(self) -> RunCheckpoints:
         return self

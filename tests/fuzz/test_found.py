@@ -216,6 +216,13 @@ def test_links_in_a_checkpoint_that_would_be_copied_or_uploaded(tmp_path, name):
         push_to_hub(folder, "owner/name")
 
 
+def test_a_checkpoint_of_a_run_that_says_nothing_of_itself(tmp_path):
+    READERS["run"].make(tmp_path)
+    (tmp_path / "steps" / "1" / "_CHECKPOINT_METADATA").write_text('{"item_handlers": [[]], "metrics": {}}')
+    with pytest.raises(InputError, match="one of its _CHECKPOINT_METADATA is damaged"):
+        READERS["run"].call(tmp_path)
+
+
 def test_splats_that_lie_elsewhere(tmp_path):
     folder = tmp_path / "splats"
     folder.mkdir()
