@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0
 PYTEST := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-slow lint wheel-test newest-test accelerators accelerators-quick clean
+.PHONY: demo test test-slow fuzz audit lint wheel-test newest-test accelerators accelerators-quick clean
 
 demo: $(VENV)/.demo
 	rm -rf $(DEMO)
@@ -35,6 +35,17 @@ test: $(VENV)/.test
 # Runs that are killed, terminated or spread over processes, and what else takes long.
 test-slow: $(VENV)/.test
 	$(PYTEST) -m slow
+
+# Every reader, given damaged and hostile inputs; one JSON line for each reader in $(FUZZED).
+FUZZ ?= 100000
+FUZZED ?= build/fuzz.jsonl
+fuzz: $(VENV)/.test
+	mkdir -p $(dir $(FUZZED))
+	$(PYTEST) --dist load -m slow tests/fuzz --fuzz-examples $(FUZZ) --fuzz-seed $$RANDOM --fuzz-report $(FUZZED)
+
+# Known vulnerabilities, licences and a bill of materials, at the oldest and newest versions; needs the network.
+audit:
+	bash .ci/audit
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

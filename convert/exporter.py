@@ -19,6 +19,7 @@ from gsa_jax.convert.names import EXPORT_LEAVES, export_names
 from gsa_jax.convert.splat_folder import write_splats
 from gsa_jax.errors import InputError
 from gsa_jax.files import new_folder
+from gsa_jax.json_files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +86,10 @@ def export(checkpoint: str | Path, out: str | Path, *, exact: bool = False, spla
 def _dialect(checkpoint: Path) -> str:
     file = checkpoint / REPORT_FILE
     try:
-        dialect = json.loads(file.read_text(encoding="utf-8"))["dialect"]
+        dialect = read_json(file)["dialect"]
     except FileNotFoundError:
         return "plain"  # a checkpoint that did not come out of a conversion
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"{file}: damaged ({error})") from None
     if dialect not in ("plain", *EXPORT_LEAVES):
         raise InputError(f"{file}: damaged (dialect = {dialect!r})")

@@ -5,7 +5,6 @@ May be changed here: which files are read, and what is refused at first sight.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 from gsa_jax.checkpoint import CONFIG_FILE, WEIGHTS_FOLDER
 from gsa_jax.config import GPTNeoConfig, read_config
 from gsa_jax.errors import InputError, listed
+from gsa_jax.files import refuse_foreign
+from gsa_jax.json_files import read_json
 from gsa_jax.stand_ins import stand_in
 
 _WEIGHT_STEMS = ("model.safetensors", "pytorch_model.bin")
@@ -34,6 +35,7 @@ def check_config(folder: Path) -> GPTNeoConfig:
         InputError: it cannot be used, or this is an adapter for another model.
     """
     refuse_adapter(folder, {name for name in _ADAPTER_FILES if (folder / name).exists()})
+    refuse_foreign(folder, [CONFIG_FILE])
     if (folder / CONFIG_FILE).is_file():
         refuse_stand_in(folder / CONFIG_FILE)
     return read_config(folder / CONFIG_FILE)
@@ -107,6 +109,7 @@ def weight_files(folder: Path) -> list[Path]:
     file = folder / weight_file(folder, {path.name for path in folder.iterdir() if path.is_file()})
     if file.suffix != ".json":
         return [file]
+    refuse_foreign(folder, [file.name])
     refuse_stand_in(file)
     return [*_shards(file), file]
 
@@ -122,9 +125,9 @@ def _shards(index: Path) -> list[Path]:
 def shard_names(index: Path) -> list[str]:
     """Names of the files that an index of shards lists, all of them beside it."""
     try:
-        weight_map: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map: dict[str, Any] = read_json(index)["weight_map"]
         names = sorted({str(name) for name in weight_map.values()})
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
+    except (ValueError, OSError, KeyError, TypeError, AttributeError):
         raise InputError(f"{index}: not an index of shards (no weight_map in it)") from None
     outside = [name for name in names if Path(name).name != name]
     if outside:

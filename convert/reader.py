@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from gsa_jax.checkpoint import TOKENIZER_FILES
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.convert.folder import check_config, refuse_checkpoint, refuse_stand_in, weight_files
 from gsa_jax.convert.hub import FoundFolder, find_folder
 from gsa_jax.convert.torch_files import open_torch_file
 from gsa_jax.errors import InputError
+from gsa_jax.files import refuse_foreign
 
 _FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -90,6 +92,7 @@ def open_folder(found: FoundFolder) -> Source:
     refuse_checkpoint(folder, {path.name for path in folder.iterdir()})
     config = check_config(folder)
     files = weight_files(folder)
+    refuse_foreign(folder, [*(file.name for file in files), *TOKENIZER_FILES])
     tensors: dict[str, SourceTensor] = {}
     containers: list[str] = []
     for file in files:

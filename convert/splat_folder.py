@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from gsa_jax.checkpoint import CONFIG_FILE
 from gsa_jax.config import GPTNeoConfig, read_config
 from gsa_jax.errors import InputError
-from gsa_jax.files import new_folder
+from gsa_jax.files import new_folder, refuse_foreign
 from gsa_jax.parameters import expected_shapes, is_splat, shape_problems
 from gsa_jax.splat_config import SplatConfig
 
@@ -47,6 +47,7 @@ def read_splats(folder: Path, model: GPTNeoConfig) -> tuple[SplatConfig, dict[st
         InputError: the folder holds no splats, is damaged, or they are for a model of another shape.
     """
     path = folder / SPLATS_FILE
+    refuse_foreign(folder, [CONFIG_FILE, SPLATS_FILE])
     if not path.is_file():
         raise InputError(f"{folder}: no {SPLATS_FILE} in it; make it with gsa export CHECKPOINT OUT --splats-only")
     config = read_config(folder / CONFIG_FILE)

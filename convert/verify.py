@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from gsa_jax.checkpoint import CONFIG_FILE, load_tensors, open_tokenizer
-from gsa_jax.config import GPTNeoConfig
+from gsa_jax.config import GPTNeoConfig, read_config_values
 from gsa_jax.convert.importer import read_tensors
 from gsa_jax.convert.names import plan
 from gsa_jax.convert.reader import Source, open_source
@@ -167,7 +166,7 @@ def _text_ids(text: Text, config: GPTNeoConfig, checkpoint: str | Path) -> tuple
 
 
 def _computes_through_splats(source: Source) -> bool:
-    return json.loads((source.folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_type"] == SPLAT_MODEL_TYPE
+    return read_config_values(source.folder / CONFIG_FILE)["model_type"] == SPLAT_MODEL_TYPE
 
 
 def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[str, Oracle]]:
@@ -187,7 +186,7 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
     names = ""
     try:
         config = config_class.from_pretrained(source.folder)
-    except (ValueError, TypeError):  # its layers are named in a way that only `gsa_jax.config` reads
+    except (ValueError, TypeError, OSError):  # its layers or its bytes are as only `gsa_jax.config` reads them
         config = config_class.from_dict(source.config.to_hf())
         names = ", configuration by our names"
     loaded: Any = model_class.from_pretrained(source.folder, config=config, output_loading_info=True)

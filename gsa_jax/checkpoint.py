@@ -15,10 +15,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,9 @@ from orbax.checkpoint import v1 as ocp
 
 from gsa_jax.config import DTYPES, GPTNeoConfig, carried_fields, read_config
 from gsa_jax.errors import InputError, first_line, listed
-from gsa_jax.files import new_folder
+from gsa_jax.files import new_folder, refuse_foreign
 from gsa_jax.generation_config import read_generation_config
+from gsa_jax.json_files import read_json
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.parameters import build_model, expected_shapes, shape_problems
 from gsa_jax.sharding import require_backend, same_path_everywhere, wait_for_all, whole_on_host
@@ -139,8 +141,8 @@ def _carried(folder: Path) -> dict[str, Any]:
     """Fields that `config.json` has beside the model's own."""
     file = folder / CARRIED_FILE
     try:
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = read_json(file) if file.is_file() else {}
+    except (ValueError, OSError) as error:
         raise InputError(f"{file}: damaged ({error})") from None
     if not isinstance(values, dict):
         raise InputError(f"{file}: damaged (no fields in it)")
@@ -175,6 +177,28 @@ def refuse_unreadable(folder: Path) -> None:
             raise InputError(f"{path}: cannot be read (no permission)")
 
 
+_CLAIMED = 2**28
+"""Bytes of arrays that files may claim to hold, beside `_COMPRESSED` times their own size."""
+_COMPRESSED = 16
+
+
+def refuse_claims(arrays: Any, folder: Path) -> None:
+    """Raises `ValueError` if arrays, by what Orbax says of them, would take far more memory than their files.
+
+    TensorStore makes an array of the shape that its file claims, and chunks of theirs, before it looks for the content.
+    """
+    total = 0
+    for name, array in arrays.items():
+        size = math.prod(array.shape)
+        chunk = array.storage_metadata.chunk_shape if array.storage_metadata else None
+        if chunk is not None and math.prod(chunk) > max(size, 1):
+            raise ValueError(f"{name} {list(array.shape)} has chunks of {list(chunk)}")
+        total += size * np.dtype(array.dtype).itemsize
+    stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if total > _CLAIMED + _COMPRESSED * stored:
+        raise ValueError(f"arrays of {total:,} bytes in files of {stored:,}")
+
+
 def load_tensors(folder: str | Path) -> tuple[GPTNeoConfig, dict[str, np.ndarray]]:
     """Configuration and parameters of a checkpoint folder, in the dtypes they were stored in.
 
@@ -191,17 +215,26 @@ def load_tensors(folder: str | Path) -> tuple[GPTNeoConfig, dict[str, np.ndarray
     if not (folder / WEIGHTS_FOLDER).is_dir():
         remedy = f"; convert it first: gsa convert {folder} OUT" if (folder / CONFIG_FILE).exists() else ""
         raise InputError(f"{folder}: not a gsa-jax checkpoint (no {WEIGHTS_FOLDER}/ in it){remedy}")
+    refuse_foreign(folder, [CONFIG_FILE, WEIGHTS_FOLDER, *TOKENIZER_FILES, *OWN_FILES])
     config = read_config(folder / CONFIG_FILE)
     require_backend()
     refuse_unreadable(folder / WEIGHTS_FOLDER)
+    weights = folder.resolve() / WEIGHTS_FOLDER
     try:
-        stored = ocp.load(str(folder.resolve() / WEIGHTS_FOLDER))
-        tensors = {name: np.asarray(tensor) for name, tensor in stored.items()}
+        claimed = ocp.metadata(str(weights)).metadata
+        refuse_claims(claimed, weights)
+        shapes = {name: tuple(tensor.shape) for name, tensor in claimed.items()}
+        problems = shape_problems(expected_shapes(config), shapes)
+        tensors = {} if problems else {name: np.asarray(tensor) for name, tensor in ocp.load(str(weights)).items()}
     except DAMAGE as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{folder / WEIGHTS_FOLDER}: damaged checkpoint ({first_line(error)})") from error
-    problems = shape_problems(expected_shapes(config), {name: tensor.shape for name, tensor in tensors.items()})
     if problems:
         raise InputError(f"{folder}: tensors do not fit the configuration: {listed(problems)}")
+    odd = [f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype.name not in DTYPES]
+    if odd:
+        raise InputError(f"{folder}: tensors are none of {', '.join(DTYPES)}: {listed(odd)}")
     return config, tensors
 
 
@@ -301,6 +334,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 def _with_tokenizer(folder: str | Path) -> Path:
     folder = Path(folder)
+    refuse_foreign(folder, TOKENIZER_FILES)
     if not has_tokenizer(folder):
         raise InputError(
             f"{folder}: no tokenizer in it (tokenizer.json, or vocab.json and merges.txt); copy its files there, or "
@@ -312,7 +346,55 @@ def _with_tokenizer(folder: str | Path) -> Path:
 def _from_transformers(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    _refuse_traps(folder)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), **options)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise InputError(f"{folder}: its tokenizer cannot be read ({first_line(error)})") from error
+
+
+_LONGEST_TOKEN = 10_000
+"""Characters; adding one of ten times as many keeps `transformers` busy for longer than ten seconds."""
+
+
+def _refuse_traps(folder: Path) -> None:
+    """Raises `InputError` if a configuration would lead `transformers` out of the folder, or keep it busy."""
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CONFIG_FILE)
+    for file in (folder / name for name in names):
+        try:
+            values = read_json(file)
+        except FileNotFoundError:
+            continue
+        except (ValueError, OSError) as error:
+            raise InputError(f"{file}: cannot be read ({first_line(error)})") from None
+        if max(_lengths(values), default=0) > _LONGEST_TOKEN:
+            raise InputError(f"{file}: a token of more than {_LONGEST_TOKEN:,} characters; remove it")
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if not name.endswith(("_file", "_files")) or value is None:
+                continue
+            for named in value if isinstance(value, list) else [value]:
+                # Many name where a file was on the machine that wrote them. One of that name beside it goes before, but
+                # not in a list of versions, of which any may be chosen.
+                own = isinstance(value, str) and os.path.exists(folder / Path(value).name)
+                if isinstance(named, str) and not own and Path(named).name != named and _is_somewhere(folder, named):
+                    raise InputError(
+                        f"{file}: {name} names {named!r}, which does not stand beside it; remove the field"
+                    )
+
+
+def _lengths(value: Any) -> Iterator[int]:
+    """Of all texts in JSON but those of chat templates."""
+    if isinstance(value, str):
+        yield len(value)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield len(key)
+            yield from _lengths(inner) if key != "chat_template" else ()
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _lengths(inner)
+
+
+def _is_somewhere(folder: Path, named: str) -> bool:
+    """Whether there is such a file on this machine, seen from a folder or from here."""
+    return os.path.lexists(folder / named) or os.path.lexists(named)

@@ -7,14 +7,14 @@ May be changed here: which fields exist, how they are checked, and how they map 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gsa_jax.errors import InputError
-from gsa_jax.hf_fields import ALIASES, REPLACED, SPLAT_MODEL_TYPE, own_names, refuse_other_names
+from gsa_jax.hf_fields import ALIASES, MAX_LAYERS, REPLACED, SPLAT_MODEL_TYPE, own_names, refuse_other_names
+from gsa_jax.json_files import read_json
 from gsa_jax.splat_config import LayerSplats, SplatConfig, Window, require_int
 
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish")
@@ -102,13 +102,15 @@ class GPTNeoConfig:
             require_int(name, getattr(self, name), 1)
         if self.intermediate_size is not None:
             require_int("intermediate_size", self.intermediate_size, 1)
+        if self.num_layers > MAX_LAYERS:
+            raise InputError(f"num_layers = {self.num_layers}: more than {MAX_LAYERS}")
         for name in ("resid_dropout", "embed_dropout", "attention_dropout"):
             _require_probability(name, getattr(self, name))
         for name in ("layer_norm_epsilon", "initializer_range"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise InputError(f"{name} = {value!r}: must be a number")
-            if not (math.isfinite(value) and value >= 0):
+            if not 0 <= value <= sys.float_info.max:
                 raise InputError(f"{name} = {value!r}: must be finite and >= 0")
         if isinstance(self.eos_token_id, list | tuple):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id) or None)
@@ -288,10 +290,10 @@ def carried_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 def read_config_values(path: Path) -> dict[str, Any]:
     """All fields of a GPT-Neo's `config.json`; raises as `read_config` does."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows begin with a byte order mark
+        values = read_json(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a model folder needs a config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
@@ -306,7 +308,7 @@ def _freeze_attention_types(value: Any) -> tuple[tuple[tuple[str, ...], int], ..
     except (TypeError, ValueError):
         raise InputError(f"attention_types = {value!r}: expected pairs [[kinds...], repeats]") from None
     for pattern, repeats in frozen:
-        if not all(isinstance(kind, str) for kind in pattern):
+        if not pattern or not all(isinstance(kind, str) for kind in pattern):
             raise InputError(f"attention_types = {value!r}: kinds must be names")
         require_int("attention_types repeats", repeats, 1)
     return frozen

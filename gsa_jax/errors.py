@@ -6,9 +6,23 @@ exits with code 2. Anything else that escapes is a bug and keeps its traceback.
 
 from collections.abc import Sequence
 
+_LONGEST = 1500
+"""Characters of a message; what is longer quotes something without end."""
+
 
 class InputError(ValueError):
-    """Input from outside (a file, a flag, an argument) that cannot be used as it is."""
+    """Input from outside (a file, a flag, an argument) that cannot be used as it is.
+
+    Its message is one line, whatever it quotes: what does not print is escaped, and of a long one the middle left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.split())
+        if not line.isprintable():
+            line = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in line)
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST * 2 // 3]} ... {line[-_LONGEST // 3 :]}"
+        super().__init__(line)
 
 
 def first_line(error: BaseException) -> str:

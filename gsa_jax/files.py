@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from gsa_jax.errors import InputError
@@ -77,6 +79,32 @@ def refuse_existing(out: Path) -> None:
     """Raises `InputError` if there is something at `out`; for callers who would rather know before they download."""
     if out.exists() or out.is_symlink():
         raise InputError(f"{out} exists already; choose another output or remove it first")
+
+
+def refuse_foreign(folder: Path, names: Iterable[str] = (".",)) -> None:
+    """Raises `InputError` if what is read of a folder is not its own: a link that leads out of it, a pipe, a device.
+
+    A folder from a stranger could otherwise have any file of the reader copied, and uploaded with a model. Snapshots in
+    the cache of `huggingface_hub` are links to the files in its `blobs`, and may be.
+
+    Args:
+        names: of files in it, and of folders that are read as a whole; those that are not there are passed over.
+            Everything in it if they are left out.
+    """
+    real = Path(os.path.realpath(folder))
+    own = [real, *(parent.parent / "blobs" for parent in real.parents if parent.name == "snapshots")]
+    for name in names:
+        for path in itertools.chain([folder / name], (folder / name).rglob("*")):  # looked into after it was looked at
+            if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(place) for place in own):
+                raise InputError(f"{path}: is a link that leads out of its folder; put a copy in its place: cp -RL")
+            try:
+                mode = path.stat().st_mode
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise InputError(f"{path}: neither a file nor a folder; remove it")
 
 
 def refuse_full_disk(out: Path, needed_bytes: int) -> None:

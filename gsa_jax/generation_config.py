@@ -14,6 +14,8 @@ from typing import Any
 
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
+from gsa_jax.files import refuse_foreign
+from gsa_jax.json_files import read_json
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
@@ -78,7 +80,7 @@ class GenerationConfig:
             value = getattr(self, name)
             if value is None:
                 continue
-            is_number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+            is_number = not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < math.inf
             if is_number:
                 object.__setattr__(self, name, float(value))
             if not is_number or value < 0 or (value == 0 and name != "min_p") or (value > 1 and name[-2:] == "_p"):
@@ -139,9 +141,10 @@ def read_generation_config(folder: Path, config: GPTNeoConfig) -> GenerationConf
         InputError: the file cannot be used; the message names it.
     """
     file = folder / GENERATION_CONFIG_FILE
+    refuse_foreign(folder, [GENERATION_CONFIG_FILE])
     remedy = "mend it, or remove it to do without"
     try:
-        values = json.loads(file.read_text(encoding="utf-8-sig"))
+        values = read_json(file)
     except FileNotFoundError:
         return GenerationConfig.of_model(config)
     except ValueError as error:  # not JSON, or not UTF-8

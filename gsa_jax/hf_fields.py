@@ -14,6 +14,9 @@ from gsa_jax.errors import InputError
 SPLAT_MODEL_TYPE = "gsa_gpt_neo"
 """The `model_type` of a Hugging Face folder whose attention goes through its splats; `gpt_neo` is exact there."""
 
+MAX_LAYERS = 512
+"""Ten times as many as any GPT-Neo has; a `config.json` that claims more would keep a program busy."""
+
 ALIASES = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
 """Other names that Hugging Face's GPT-Neo takes for its fields (its `attribute_map`)."""
 
@@ -71,6 +74,8 @@ def own_names(hf: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"{alias} = {given!r} contradicts {name} = {values[name]!r}; remove one of them")
     if values.get("attention_types") is None:
         layers = values.get("attention_layers")
+        if isinstance(layers, list | tuple) and len(layers) > MAX_LAYERS:
+            raise InputError(f"attention_layers describes {len(layers)} layers, more than {MAX_LAYERS}")
         if isinstance(layers, list | tuple) and all(isinstance(kind, str) for kind in layers):
             values["attention_types"] = [_pattern(list(layers))]
         elif layers is not None:

@@ -6,7 +6,6 @@ not measured is said not to have been, with the command that measures it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,9 @@ from gsa_jax.convert.folder import holds_checkpoint
 from gsa_jax.convert.hub import hub_errors
 from gsa_jax.errors import InputError, first_line
 from gsa_jax.evaluation.intervals import Estimate
+from gsa_jax.files import refuse_foreign
 from gsa_jax.fitting.fitted import FIT_REPORT_FILE
+from gsa_jax.json_files import read_json
 from gsa_jax.parameters import expected_shapes, is_splat
 from gsa_jax.splat_config import SplatConfig, describe
 
@@ -119,13 +120,14 @@ def _checkpoint(folder: str | Path) -> Path:
         raise InputError(f"{folder}: no such checkpoint folder")
     if not holds_checkpoint({path.name for path in folder.iterdir()}):
         raise InputError(f"{folder}: not a gsa-jax checkpoint (no {WEIGHTS_FOLDER}/ in it); make one with gsa convert")
+    refuse_foreign(folder)  # it is uploaded with whatever links in it lead to
     return folder
 
 
 def _read(file: Path) -> dict[str, Any]:
     """A report; nothing if there is none."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

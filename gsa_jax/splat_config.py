@@ -12,9 +12,11 @@ from gsa_jax.errors import InputError
 
 
 def require_int(name: str, value: Any, minimum: int) -> None:
-    """Raises `InputError` for anything but a whole number of at least `minimum`."""
+    """Raises `InputError` for anything but a whole number of at least `minimum`, and small enough for an index."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise InputError(f"{name} = {value!r}: must be a whole number >= {minimum}")
+    if value >= 2**31:
+        raise InputError(f"{name} = {value!r}: must be a whole number below {2**31}")
 
 
 Window = int | Literal["all"]

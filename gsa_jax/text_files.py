@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import gzip
 import io
-import json
+import itertools
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from gsa_jax.errors import InputError, first_line
+from gsa_jax.json_files import parse_json
 from gsa_jax.stand_ins import stand_in
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
@@ -27,6 +28,11 @@ _BLOCK = 2**16
 
 _PARQUET_ROWS = 256
 
+_LONGEST_LINE = 2**25
+"""Bytes of a line of JSON; read into Python, it takes 0.8 GB at worst."""
+
+_LONGEST_DOCUMENT = 2**26
+"""Characters of a document, or of a part of it without a place to cut: what is held in memory at once."""
 _NOT_TEXT = (".json", ".csv", ".tsv", ".ndjson", ".arrow")
 """Of files that hold documents among other things, which would be read as text."""
 
@@ -105,7 +111,7 @@ def read_pieces(files: TextFiles, longest: int | None = None) -> Iterator[Piece]
     for path in files.paths:
         found = False
         with _naming(path):
-            for piece in _cut_documents(_blocks(path, files.field), longest):
+            for piece in _cut_documents(path, _blocks(path, files.field), longest):
                 found = True
                 yield piece._replace(read=before + piece.read)
             before += path.stat().st_size
@@ -162,13 +168,18 @@ def _characters(path: Path, file: io.BufferedIOBase, raw: BinaryIO) -> Iterator[
 
 
 def _json_lines(path: Path, file: io.BufferedIOBase, raw: BinaryIO, field: str) -> Iterator[_Block]:
-    for number, line in enumerate(file, 1):
+    for number in itertools.count(1):
+        line = file.readline(_LONGEST_LINE + 1)
+        if not line:
+            return
         if line.isspace():
             continue
         where = f"{path}, line {number}"
+        if len(line) > _LONGEST_LINE:
+            raise InputError(f"{where}: more than {_LONGEST_LINE:,} bytes; .jsonl has one object in each line")
         try:
             # A byte order mark can only be in the first one, and `loads` drops it.
-            item = json.loads(line)
+            item = parse_json(line)
         except ValueError as error:  # JSON or UTF-8
             raise InputError(f"{where}: not JSON ({first_line(error)}); .jsonl has one object in each line") from None
         if not isinstance(item, dict):
@@ -189,17 +200,22 @@ def _table_rows(path: Path, field: str) -> Iterator[_Block]:
         raise InputError(f"{path}: reading Parquet needs pyarrow; pip install 'gsa-jax[parquet]'") from None
     size = path.stat().st_size
     try:
-        with parquet.ParquetFile(path) as table:
+        metadata = parquet.read_metadata(path)
+        # Text that many rows repeat is held once; lists and structs, which the file splits up, have no such column.
+        paths = (metadata.schema.column(number).path for number in range(metadata.num_columns))
+        shared = [name for name in paths if name == field]
+        with parquet.ParquetFile(path, metadata=metadata, read_dictionary=shared) as table:
             names = table.schema_arrow.names
             if field not in names:
                 raise InputError(f"{path}: no column {field!r} in it; choose of {_names(names)} with --text-field")
             done = 0
             for batch in table.iter_batches(_PARQUET_ROWS, columns=[field]):
-                for value in batch.column(0).to_pylist():
+                for scalar in batch.column(0):  # not all at once: rows may name a long text often that is held once
+                    value = scalar.as_py()
                     done += 1
                     where = f"{path}, row {done}"
                     yield _Block(_checked(value, where, field), True, size * done // table.metadata.num_rows)
-    except ArrowException as error:
+    except (ArrowException, UnicodeDecodeError) as error:  # the latter if what is said to be text is none
         raise InputError(f"{path}: not a Parquet file that can be read ({first_line(error)})") from None
 
 
@@ -217,7 +233,7 @@ def _checked(value: Any, where: str, field: str) -> str:
     return value
 
 
-def _cut_documents(blocks: Iterable[_Block], longest: int | None) -> Iterator[Piece]:
+def _cut_documents(path: Path, blocks: Iterable[_Block], longest: int | None) -> Iterator[Piece]:
     """Documents of a file. What has been read of one is held as blocks, so that each character is moved a few times."""
     held: list[str] = []
     tail = ""  # what may be the beginning of a separator
@@ -237,6 +253,11 @@ def _cut_documents(blocks: Iterable[_Block], longest: int | None) -> Iterator[Pi
         tail = rest[kept:]
         held.append(rest[:kept])
         size += kept
+        if size > _LONGEST_DOCUMENT:
+            raise InputError(
+                f"{path}: a document of more than {_LONGEST_DOCUMENT:,} characters"
+                f"{' without a space' if longest else ''}; put {DOCUMENT_SEPARATOR} between documents"
+            )
         if longest is not None and limit is not None and size >= limit:
             text = "".join(held)
             *done, text = _cut(text.lstrip() if begins else text, longest) or [""]

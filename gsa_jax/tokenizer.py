@@ -11,13 +11,13 @@ May be changed here: which folders the light tokenizer takes, and how the text o
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from gsa_jax.errors import InputError, first_line
+from gsa_jax.json_files import read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -162,7 +162,7 @@ def light_tokenizer(folder: Path) -> LightTokenizer | None:
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = read_json(file)
     if not isinstance(values, dict):
         raise InputError(f"{file}: not a JSON object; restore it from where the model came from")
     return values

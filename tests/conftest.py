@@ -95,6 +95,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="PLATFORMS",
         help="run the tests that compile for accelerators, and of them those for these platforms alone: tpu,cuda",
     )
+    parser.addoption(
+        "--fuzz-examples",
+        type=int,
+        default=1_500,
+        help="damaged inputs that the slow part has for all readers together",
+    )
+    parser.addoption("--fuzz-report", metavar="FILE", help="append to it, as JSON lines, what came of damaged inputs")
+    parser.addoption("--fuzz-seed", type=int, help="damage inputs in another way than every other run does")
     parser.addoption("--without-pytorch", action="store_true", help="leave out the files that import PyTorch")
 
 

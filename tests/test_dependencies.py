@@ -14,14 +14,14 @@ from gsa_jax.convert.pytorch import CODE_FILES
 ROOT = Path(__file__).parents[1]
 
 ORDER = [
-    {"errors", "assets", "progress", "hlo"},
-    {"hf_fields", "splat_config", "stand_ins"},
+    {"errors", "assets", "progress", "hlo", "json_files"},
+    {"files", "hf_fields", "splat_config", "stand_ins"},
     {"config", "topology"},
     {"ops", "generation_config", "tokenizer"},
     {"layers", "layer_scan"},
     {"attention"},
     {"model"},
-    {"parameters", "files", "text_files"},
+    {"parameters", "text_files"},
     {"sharding", "loss", "sampling", "text", "prompts"},
     {"checkpoint"},
     {"generation", "evaluation", "convert"},

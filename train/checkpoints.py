@@ -28,9 +28,10 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
-from gsa_jax.checkpoint import DAMAGE, refuse_unreadable
+from gsa_jax.checkpoint import DAMAGE, refuse_claims, refuse_unreadable
 from gsa_jax.errors import InputError, first_line, listed
 from gsa_jax.files import is_disk_full
+from gsa_jax.json_files import read_json
 from gsa_jax.parameters import shape_problems
 
 
@@ -79,6 +80,10 @@ class RunCheckpoints:
             )
         except OSError as error:
             raise InputError(f"{folder}: cannot hold checkpoints ({error.strerror or first_line(error)})") from error
+        except DAMAGE as error:  # Orbax looks at what all of them say of themselves
+            raise InputError(
+                f"{folder}: one of its _CHECKPOINT_METADATA is damaged ({first_line(error)}); remove that checkpoint"
+            ) from error
 
     def __enter__(self) -> RunCheckpoints:
         return self
@@ -178,10 +183,11 @@ class RunCheckpoints:
         alone.multiprocessing.primary_host = jax.process_index()
         with alone, _damage_in_any_process():
             refuse_unreadable(folder)
-            data, checksums = (json.loads((folder / name / "data.json").read_text()) for name in ("data", "checksums"))
+            data, checksums = (read_json(folder / name / "data.json") for name in ("data", "checksums"))
             stored = ocp.checkpointables_metadata(str(folder)).metadata.get("state")
             if stored is None:
                 raise ValueError("the list of its arrays cannot be read")
+            refuse_claims(stored, folder)
             misfits = _misfits(abstract, stored)
         if misfits:
             raise InputError(f"{folder}: does not fit this run: {listed(misfits, 10)}")

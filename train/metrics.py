@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 
 from gsa_jax.errors import InputError
+from gsa_jax.files import refuse_foreign
+from gsa_jax.json_files import parse_json
 from gsa_jax.train.tracking import Record, Tracking
 
 METRICS_FILE = "metrics.jsonl"
@@ -81,11 +83,17 @@ def read_metrics(folder: Path) -> list[Record]:
         InputError: the folder has none, or they cannot be read.
     """
     path = folder / METRICS_FILE
+    refuse_foreign(folder, [METRICS_FILE])
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
+        records = [parse_json(line) for line in lines[:-1]]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the folder of a run") from None
-    try:
-        return [json.loads(line) for line in lines[:-1]]
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise InputError(f"{path}: not JSON lines ({error}); remove the broken line") from None
+    for number, record in enumerate(records, 1):
+        match record:
+            case {"step": int(), "kind": str()}:
+                continue
+        raise InputError(f"{path}, line {number}: not a record of a run; remove the line")
+    return records

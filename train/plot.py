@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from gsa_jax.errors import InputError
-from gsa_jax.train.metrics import Record, read_metrics
+from gsa_jax.errors import InputError, first_line
+from gsa_jax.files import refuse_foreign
+from gsa_jax.train.metrics import METRICS_FILE, Record, read_metrics
 
 PLOT_FILE = "metrics.svg"
 
@@ -35,6 +36,7 @@ def plot_run(folder: Path) -> Path:
         InputError: there are no metrics, or matplotlib is not installed.
     """
     figure_class = require_matplotlib()
+    refuse_foreign(folder, [PLOT_FILE])  # which is written, wherever a link leads
     records = read_metrics(folder)
     trained = [record for record in records if record["kind"] == "train"]
     scored = [record for record in records if record["kind"] == "eval"]
@@ -42,11 +44,14 @@ def plot_run(folder: Path) -> Path:
         raise InputError(f"{folder}: no step has been made yet; there is nothing to draw")
     figure = figure_class(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
-    _draw_loss(panels[0], trained)
-    if scored:
-        _draw_arms(panels[1], scored)
     out = folder / PLOT_FILE
-    figure.savefig(out, metadata={"Date": None})
+    try:
+        _draw_loss(panels[0], trained)
+        if scored:
+            _draw_arms(panels[1], scored)
+        figure.savefig(out, metadata={"Date": None})
+    except (KeyError, TypeError, ValueError) as error:  # no such field, no number, no finite one
+        raise InputError(f"{folder / METRICS_FILE}: not to be drawn ({first_line(error)})") from None
     return out
 
 

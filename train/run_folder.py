@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
-from gsa_jax.files import refuse_existing
+from gsa_jax.files import refuse_existing, refuse_foreign
+from gsa_jax.json_files import read_json
 from gsa_jax.train.config import TrainConfig
 
 RUN_FILE = "run.json"
@@ -69,6 +70,7 @@ def open_run(
     problem, notes = None, ()
     if jax.process_index() == 0:
         try:
+            refuse_foreign(config.out)  # a run writes into it as well
             if path.exists():
                 notes = _go_on(path, resolved)
             else:
@@ -103,9 +105,12 @@ def _go_on(path: Path, resolved: dict[str, Any]) -> tuple[str, ...]:
     """Checks that the run there is the same one; writes down what it has from now on."""
     folder = path.parent
     try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); remove the run to start again") from None
+    is_run = isinstance(begun, dict) and isinstance(begun.get(CONTENT, {}), dict)
+    if not is_run or not isinstance(begun.get("steps"), int):
+        raise InputError(f"{path}: damaged (not the configuration of a run); remove the run to start again")
     known = CONTENT in begun
     if not known:  # begun by a version that knew its inputs by their places, and of a text only one
         begun = {**begun, CONTENT: resolved[CONTENT], "text_field": resolved["text_field"]}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gsa_jax.errors import InputError, first_line
+from gsa_jax.json_files import read_json
 from gsa_jax.train.config import Tracker
 
 EVENTS_FOLDER = "tensorboard"
@@ -129,12 +130,24 @@ class _RunOfALibrary(Tracking):
 
 
 def _read(file: Path) -> dict[str, Any]:
+    remedy = "remove it to begin a new run there"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        tracked = read_json(file)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); remove it to begin a new run there") from None
+        raise InputError(f"{file}: cannot be read ({error}); {remedy}") from None
+    match tracked:
+        case dict() if all(map(_is_known, tracked.values())):
+            return tracked
+    raise InputError(f"{file}: does not say what was tracked; {remedy}")
+
+
+def _is_known(of_library: Any) -> bool:
+    match of_library:
+        case {"run": str(), "last": [int(), bool()]}:
+            return True
+    return False
 
 
 def _import(package: str, pip: str) -> Any:

@@ -16,6 +16,7 @@ import tyro
 
 from gsa_jax.cli.base import Command
 from gsa_jax.errors import InputError
+from gsa_jax.json_files import parse_json
 
 if TYPE_CHECKING:
     from gsa_jax.completion import Completion
@@ -193,7 +194,7 @@ def read_prompts(file: Path) -> list[str]:
 
 def _from_json(where: str, line: str) -> str:
     try:
-        value: Any = json.loads(line)
+        value: Any = parse_json(line)
     except ValueError as error:
         raise InputError(f"{where}: not JSON ({error})") from None
     prompt = value.get("prompt") if isinstance(value, dict) else value

@@ -210,8 +210,8 @@ def test_a_head_of_its_own_is_refused(tmp_path):
 
 
 def test_files_that_are_links_as_in_the_hubs_cache(tmp_path):
-    blobs, source = write_folder(tmp_path / "blobs"), tmp_path / "snapshot"
-    source.mkdir()
+    blobs, source = write_folder(tmp_path / "blobs"), tmp_path / "snapshots" / "0123"
+    source.mkdir(parents=True)
     for file in blobs.iterdir():
         (source / file.name).symlink_to(file)
     got = converted(source, tmp_path / "out")

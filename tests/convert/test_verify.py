@@ -29,7 +29,8 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 @pytest.mark.parity
 def test_sources_that_transformers_does_not_read_by_itself(tmp_path):
-    """Layers counted by another name, named one by one, and weights in a container behind a wrapper."""
+    """Layers counted by another name, named one by one, and weights in a container behind a wrapper; a configuration
+    that begins with a byte order mark."""
     named = {"attention_types": None, "attention_layers": ["global", "local"]}
     for number, changes in enumerate(({"num_layers": None, "num_hidden_layers": 2}, named)):
         source = write_folder(tmp_path / f"source {number}", config=tiny_config(**changes))
@@ -37,6 +38,10 @@ def test_sources_that_transformers_does_not_read_by_itself(tmp_path):
         comparisons = verify(source, tmp_path / f"out {number}")
         assert comparisons and all(comparison.agrees for comparison in comparisons)
         assert "configuration by our names" in comparisons[0].oracle
+    source = write_folder(tmp_path / "marked")
+    (source / "config.json").write_bytes(b"\xef\xbb\xbf" + (source / "config.json").read_bytes())
+    convert(source, tmp_path / "out marked")
+    assert all(comparison.agrees for comparison in verify(source, tmp_path / "out marked"))
     state = {f"_fsdp_wrapped_module.{name}": tensor for name, tensor in tiny_tensors().items()}
     source = write_bin_folder(tmp_path / "container", {"model": state, "step": 3})
     convert(source, tmp_path / "out")

@@ -176,7 +176,8 @@ def test_a_library_that_is_not_installed_is_one_line_and_the_records_stay(tmp_pa
     assert read_metrics(tmp_path) == records(0, 2)
 
 
-def test_a_damaged_note_is_one_line(tmp_path, trackio):
-    (tmp_path / TRACKED_FILE).write_text("{")
-    with pytest.raises(InputError, match=rf"^[^\n]*{TRACKED_FILE}: cannot be read [^\n]*remove it"):
+@pytest.mark.parametrize("note", ["{", "[]", '{"trackio": 3}', '{"trackio": {"run": "a", "last": [1]}}'])
+def test_a_damaged_note_is_one_line(tmp_path, trackio, note):
+    (tmp_path / TRACKED_FILE).write_text(note)
+    with pytest.raises(InputError, match=rf"^[^\n]*{TRACKED_FILE}: [^\n]*; remove it to begin a new run there$"):
         open_tracking("trackio", tmp_path, 0, SETTINGS)
