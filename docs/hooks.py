@@ -31,10 +31,11 @@ LINK = re.compile(r"(?<=\]\()([^)#:\s]+)")
 """The target of a link to a file."""
 INCLUDED = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 """Of the repository, parts of which are on pages."""
+_ELSEWHERE = r"""["']?(?:https?:)?//[^"'> ]+"""
 LOADED = re.compile(
-    r"""<(?:script|img|iframe|source|video|audio)\b[^>]*\ssrc=["']?(?:https?:)?//[^"'> ]+"""
-    r"""|<link\b(?=[^>]*\srel=["']?(?:stylesheet|preload|preconnect|dns-prefetch|icon|modulepreload))[^>]*\shref=["']?(?:https?:)?//[^"'> ]+"""
-    r"""|(?:@import\s+(?:url\()?|url\()["']?(?:https?:)?//[^"') ]+""",
+    rf"""<(?:script|img|iframe|source|video|audio)\b[^>]*\ssrc={_ELSEWHERE}"""
+    rf"""|<link\b(?![^>]*\srel=["']?canonical)[^>]*\shref={_ELSEWHERE}"""
+    rf"""|(?:@import\s+(?:url\()?|url\(){_ELSEWHERE}""",
     re.IGNORECASE,
 )
 """What a browser would fetch from elsewhere while it shows a page."""
@@ -90,7 +91,7 @@ def _add_notebook(files: Files, notebook: File, config: MkDocsConfig) -> None:
 
 def _commands() -> str:
     """The page of all commands' help."""
-    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1"}
+    environment = os.environ | {"COLUMNS": "98", "NO_COLOR": "1"}
     parts = ["# The command line\n\nWhat `gsa COMMAND --help` prints.\n"]
     for command in COMMANDS:
         gsa = [sys.executable, "-m", "gsa_jax.cli", command, "--help"]

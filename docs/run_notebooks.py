@@ -15,12 +15,11 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
-ROOT = FOLDER.parent
 NOTEBOOKS = ("tour", "convert_your_own", "tpu")
 
 
 def execute(name: str, folder: Path) -> nbformat.NotebookNode:
-    """Runs a notebook in a folder, in which it finds the repository as `gsa-jax`.
+    """Runs a notebook in a folder.
 
     Cells that are tagged `skip-execution` are left out: they install.
 
@@ -28,9 +27,10 @@ def execute(name: str, folder: Path) -> nbformat.NotebookNode:
         CellExecutionError: of nbclient; a cell failed.
     """
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    (folder / "gsa-jax").symlink_to(ROOT)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where `gsa` is
-    environment = os.environ | {"PATH": path, "COLUMNS": "100"}
+    environment = os.environ | {"PATH": path}
+    # tqdm misses a package for widgets, which a run without a browser has no use for.
+    environment["PYTHONWARNINGS"] = "ignore:IProgress not found"
     client = NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}}, record_timing=False
     )

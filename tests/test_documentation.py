@@ -21,7 +21,6 @@ from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
-from helpers.snippets import PAGES, ROOT, Block, blocks, inline_commands
 from packaging.requirements import Requirement
 
 import gsa_jax
@@ -30,6 +29,7 @@ from gsa_jax.cli.base import Command
 from gsa_jax.cli.training import Train
 from gsa_jax.convert import convert, export
 from gsa_jax.train.config import PRESETS, MeshConfig, OptimizerConfig
+from helpers.snippets import PAGES, ROOT, Block, blocks, inline_commands
 
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 RUN = ("convert", "diagnose", "export", "generate", "tokenize")

@@ -34,7 +34,9 @@ def main() -> None:
     for script, *arguments in json.load(sys.stdin):
         sys.path.insert(0, str(Path(script).parent))
         sys.argv = [script, *arguments]
-        has_parser = any(parser in Path(script).read_text(encoding="utf-8") for parser in ("ArgumentParser", "tyro.cli"))
+        has_parser = any(
+            parser in Path(script).read_text(encoding="utf-8") for parser in ("ArgumentParser", "tyro.cli")
+        )
         if has_parser:
             try:
                 runpy.run_path(script, run_name="__main__")
