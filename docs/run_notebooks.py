@@ -32,7 +32,12 @@ def execute(name: str, folder: Path) -> nbformat.NotebookNode:
     # tqdm misses a package for widgets, which a run without a browser has no use for.
     environment["PYTHONWARNINGS"] = "ignore:IProgress not found"
     client = NotebookClient(
-        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}}, record_timing=False
+        notebook,
+        timeout=900,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+        record_timing=False,
+        coalesce_streams=True,
     )
     return client.execute(env=environment)
 
