@@ -3,6 +3,7 @@
 May be changed here: what a run must have shown. How they are run is `docs/run_notebooks.py`.
 """
 
+import contextlib
 import importlib.util
 import re
 import threading
@@ -104,12 +105,13 @@ def test_tpu(tmp_path) -> None:
 
 
 def stop_training(run: Path) -> None:
-    """Sends SIGTERM, as `timeout` does, to `gsa train` after its first step."""
+    """Sends SIGTERM to `gsa train distill` after its first step, as `timeout` in its cell would after hours."""
     until = time.monotonic() + 600
     while time.monotonic() < until:
         if (run / "metrics.jsonl").exists() and any(record["kind"] == "train" for record in read_metrics(run)):
             for process in psutil.Process().children(recursive=True):
-                if process.cmdline()[-1:] == ["50"] and "distill" in process.cmdline() and process.name() != "timeout":
-                    process.terminate()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "distill" in process.cmdline() and process.name() != "timeout":
+                        process.terminate()
             return
         time.sleep(0.05)
