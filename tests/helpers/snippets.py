@@ -5,6 +5,7 @@ May be changed here: what is a page, what in it is a command, and which other li
 
 import ast
 import dataclasses
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,7 +14,13 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.ipynb")),
+]
+"""Of notebooks, what stands between their cells of code."""
 
 _COMMAND = re.compile(r"(?:^|(?<=[\s;\"]))(?:gsa|make|pip|(?:\.venv/bin/)?python) (?=[\w.'-])")
 """Where one of our commands begins, also behind `srun` or in what `ssh` is given."""
@@ -64,7 +71,7 @@ def blocks(page: Path) -> Iterator[Block]:
     Raises:
         AssertionError: a fence does not say which language it is, or what seems to be text is code.
     """
-    for token in MarkdownIt().parse(page.read_text(encoding="utf-8")):
+    for token in MarkdownIt().parse(_markdown(page)):
         if token.type not in ("fence", "code_block"):
             continue
         assert token.map is not None
@@ -83,10 +90,17 @@ def blocks(page: Path) -> Iterator[Block]:
 
 def inline_commands(page: Path) -> Iterator[str]:
     """What stands between backticks in running text, and begins like a command of ours."""
-    for token in MarkdownIt().enable("table").parse(page.read_text(encoding="utf-8")):
+    for token in MarkdownIt().enable("table").parse(_markdown(page)):
         for child in token.children or ():
             if child.type == "code_inline" and _COMMAND.match(child.content):
                 yield child.content
+
+
+def _markdown(page: Path) -> str:
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".md":
+        return text
+    return "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
 
 
 def _is_python(text: str) -> bool:
