@@ -13,7 +13,11 @@ TORCH ?= torch==2.13.0
 PYTEST := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-slow fuzz audit lint wheel-test newest-test accelerators accelerators-quick clean
+# A plain copy of the package, because tools that read code cannot follow the editable install to convert/ and train/.
+# build/lib keeps modules that have been deleted since, and setuptools would pack them.
+PLAIN_COPY = rm -rf build/lib build/typecheck && $(BIN)/pip install --quiet --no-deps --target build/typecheck .
+
+.PHONY: demo test test-slow fuzz audit lint docs wheel-test newest-test accelerators accelerators-quick clean
 
 demo: $(VENV)/.demo
 	rm -rf $(DEMO)
@@ -50,11 +54,13 @@ audit:
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	# build/lib keeps modules that have been deleted since, and setuptools would pack them.
-	rm -rf build/lib build/typecheck
-	# A plain copy, because a type checker cannot follow the editable install to convert/ and train/.
-	$(BIN)/pip install --quiet --no-deps --target build/typecheck .
+	$(PLAIN_COPY)
 	$(BIN)/basedpyright
+
+# The documentation as a site, build/site/index.html; a link to nothing, or anything from another server, is an error.
+docs: $(VENV)/.docs
+	$(PLAIN_COPY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 wheel-test: $(VENV)/.test
 	bash .ci/wheel-test
@@ -87,6 +93,10 @@ $(VENV)/bin/pip:
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/pip install $(TORCH)
 	$(BIN)/pip install --editable .
+	touch $@
+
+$(VENV)/.docs: pyproject.toml $(VENV)/.demo
+	$(BIN)/pip install --editable '.[docs]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/pip

@@ -20,9 +20,10 @@ import gsa_jax
 from gsa_jax.checkpoint import load_tensors
 from gsa_jax.convert import convert
 from gsa_jax.fitting.fitted import fit_init
-from gsa_jax.fitting.statistics import queries_and_keys
-from gsa_jax.ops import Window, no_splats, splat_attention
+from gsa_jax.fitting.statistics import projections
+from gsa_jax.ops import no_splats, splat_attention
 from gsa_jax.parameters import build_model
+from gsa_jax.splat_config import Window
 
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "tests" / "data" / "stories.txt"
@@ -42,7 +43,7 @@ def weights() -> dict[str, np.ndarray]:
     model = build_model(config.with_window("all"), tensors)
     ids = np.array([tokenizer.encode(TEXT.read_text(encoding="utf-8"), verbose=False)[:TOKENS]], np.int32)
     mask = np.ones(ids.shape, bool)
-    _, query, key = next(iter(queries_and_keys(model, ids, mask, (LAYER,))))
+    _, (query, key, _) = next(projections(model, ids, mask, (LAYER,)))
     attention = model.transformer.h[LAYER].attn.attention
     value = jnp.broadcast_to(jnp.eye(TOKENS)[None, :, None], query.shape)
 

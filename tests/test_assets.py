@@ -12,6 +12,11 @@ from gsa_jax.generation import generate
 from helpers.texts import TOLD
 
 
+def test_transformers_gives_the_model_what_it_takes(story_neo):
+    # Types of tokens, which it gives unless it is told otherwise, GPT-Neo in PyTorch would add to the embeddings.
+    assert set(load_tokenizer(story_neo)("Once upon a time")) == {"input_ids", "attention_mask"}
+
+
 @pytest.mark.slow
 def test_they_close_the_gap_and_tell_a_story(tmp_path, story_neo):
     convert(story_neo, tmp_path / "hybrid", splats=story_neo.with_name("story-neo-splats"))

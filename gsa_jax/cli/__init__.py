@@ -30,7 +30,7 @@ from gsa_jax.cli.training import Tokenize, Train, check_preset
 from gsa_jax.errors import InputError
 from gsa_jax.files import is_disk_full
 
-_COMMANDS: dict[str, Any] = {
+COMMANDS: dict[str, Any] = {
     "convert": Convert,
     "verify": Verify,
     "generate": Generate,
@@ -73,7 +73,7 @@ def _run() -> NoReturn:
         except InputError as error:  # before tyro lists, in many lines, what it expected
             _fail(error)
     command: Command = tyro.extras.subcommand_cli_from_dict(
-        _COMMANDS,
+        COMMANDS,
         prog="gsa",
         description="GPT-Neo in JAX/Flax, with attention through Gaussian splats.",
         # An option of `gsa train` may stand after the preset.

@@ -15,6 +15,7 @@ from gsa_jax.errors import InputError
 from gsa_jax.splat_config import SPLAT_PRESETS, SplatConfig
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.status import Status
 
     from gsa_jax.text_files import TextFiles
@@ -85,18 +86,25 @@ class SplatCommand(Command):
 
 def progress(names: Iterable[str], label: str) -> Iterable[str]:
     """Shows on a terminal how far an iteration has come."""
-    from rich.console import Console
     from rich.progress import track
 
-    console = Console(stderr=True)
+    console = progress_console()
     return track(names, description=label, console=console, transient=True, disable=not console.is_terminal)
 
 
 def status(label: str) -> Status:
     """Shows on a terminal that something is going on; its `update` says what now."""
+    return progress_console().status(label)
+
+
+def progress_console() -> Console:
+    """Where progress is shown: on stderr, moving only if that is a terminal.
+
+    Left to itself, rich takes a pipe for a terminal wherever the environment asks for colours, as in notebooks.
+    """
     from rich.console import Console
 
-    return Console(stderr=True).status(label)
+    return Console(stderr=True, force_terminal=bool(sys.stderr and sys.stderr.isatty()))
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -105,7 +113,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
+    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH, force_terminal=False)
     table = Table(title=Text(title), title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")

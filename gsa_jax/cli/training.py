@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from gsa_jax.cli.base import Command, print_table, progress, status
+from gsa_jax.cli.base import Command, print_table, progress, progress_console, status
 from gsa_jax.errors import InputError, first_line
 from gsa_jax.train.config import PRESETS, TrainConfig
 
@@ -158,11 +158,10 @@ def _display(steps: int) -> Iterator[tuple[Callable[[Record], None], Progress]]:
     Gives the function to report records to, and the progress of tokenising, which has a bar of its own before.
     """
     import jax
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    console = Console(stderr=True)
+    console = progress_console()
     shown_at = 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
     with Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:

@@ -168,3 +168,9 @@ def test_the_tokenizer_goes_along(run_gsa, tmp_path, story_neo, story_checkpoint
     theirs, source = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "exported", story_neo))
     assert theirs.encode(text) == source.encode(text)
     assert [file.stat().st_mode & 0o777 for file in (tmp_path / "exported").iterdir()] == [0o644] * 6
+
+
+def test_progress_does_not_move_in_a_pipe(run_gsa, monkeypatch, tmp_path, story_checkpoint):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as the kernels of notebooks have it
+    outcome = run_gsa("export", story_checkpoint, tmp_path / "exported", "--exact")
+    assert outcome.code == 0 and "\x1b" not in outcome.out + outcome.err
