@@ -85,7 +85,7 @@ def convert(
     subfolder: str | None = None,
     progress: Progress = iter,
 ) -> ConversionReport:
-    """Converts a PyTorch GPT-Neo into a checkpoint folder; all or nothing.
+    """Converts a PyTorch GPT-Neo or GPT-2 into a checkpoint folder; all or nothing.
 
     Tensors are read one by one; memory peaks at the output plus the largest tensor.
 
@@ -112,13 +112,13 @@ def convert(
     opened = open_source(source, revision=revision, subfolder=subfolder)
     copied = _copied_files(opened.folder, tokenizer, opened.config)
     try:
-        planned = plan(opened.config, {name: tensor.shape for name, tensor in opened.tensors.items()})
+        planned = plan_source(opened)
     except InputError as error:
         files = {tensor.file for tensor in opened.tensors.values()}
         raise InputError(f"{files.pop() if len(files) == 1 else opened.folder}: {error}") from None
     _check_dtypes(opened, planned)
     config, attached = _attach(planned.config, splats, dtype or _common_dtype(opened, planned))
-    stored = [opened.tensors[name] for name in planned.sources.values()]
+    stored = [opened.tensors[name] for name in _tensors_used(planned)]
     refuse_full_disk(out, sum(tensor.size * jnp.dtype(dtype or tensor.dtype).itemsize for tensor in stored))
     tensors = dict(_read(opened, planned, dtype, allow_nonfinite, progress)) | attached
     report = _report(str(source), opened, planned, tensors, attached, copied)
@@ -126,6 +126,17 @@ def convert(
     reports = {REPORT_FILE: dataclasses.asdict(report)} | ({CARRIED_FILE: carried} if carried else {})
     save(out, config, tensors, copied=copied, reports=reports)
     return report
+
+
+def plan_source(source: Source) -> Plan:
+    """`plan` of an opened folder; raises as it does."""
+    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+    return plan(source.config, source.model_type, shapes)
+
+
+def _tensors_used(planned: Plan) -> list[str]:
+    """Names in the source of the tensors that parameters lie in."""
+    return list(dict.fromkeys(piece.tensor for piece in planned.sources.values()))
 
 
 def read_tensors(source: Source, planned: Plan) -> dict[str, np.ndarray]:
@@ -137,10 +148,14 @@ def _read(
     opened: Source, planned: Plan, dtype: str | None, allow_nonfinite: bool, progress: Progress
 ) -> Iterator[tuple[str, np.ndarray]]:
     nonfinite: list[str] = []
+    read: np.ndarray | None = None  # the tensor that several parameters lie in, until the last one
     for name in progress(list(planned.sources)):
-        source_name = planned.sources[name]
+        piece = planned.sources[name]
+        source_name = piece.tensor
         tensor = opened.tensors[source_name]
-        array = tensor.read()
+        if read is None:
+            read = tensor.read()
+        array = piece.of(read)
         if planned.tied_head is not None and name == TOKEN_EMBEDDING:
             _check_tied(tensor, opened.tensors[planned.tied_head], array, planned.tied_head)
         if source_name in planned.softmaxed:
@@ -151,6 +166,8 @@ def _read(
                 array = array.astype(jnp.dtype(dtype))
         if not allow_nonfinite and not np.isfinite(array).all():
             nonfinite.append(f"{tensor.file.name}: {source_name} {list(tensor.shape)}")
+        if piece.number + 1 == piece.count:
+            read = None
         yield name, array
     if nonfinite:
         narrowed = f" (after narrowing to {dtype})" if dtype is not None else ""
@@ -164,7 +181,7 @@ def _check_tied(embedding: SourceTensor, head: SourceTensor, array: np.ndarray, 
     if head.shape != embedding.shape or not np.array_equal(head.read(), array, equal_nan=True):
         raise InputError(
             f"{head.file}: {head_name} {list(head.shape)} differs from the token embedding {list(embedding.shape)}; "
-            "a GPT-Neo with an output head of its own is not supported"
+            "a model with an output head of its own is not supported"
         )
 
 
@@ -191,7 +208,7 @@ def _copied_files(folder: Path, tokenizer: Path | None, config: GPTNeoConfig) ->
 def _check_dtypes(opened: Source, planned: Plan) -> None:
     odd = [
         f"{name} is {opened.tensors[name].dtype}"
-        for name in planned.sources.values()
+        for name in _tensors_used(planned)
         if opened.tensors[name].dtype not in DTYPES
     ]
     if odd:
@@ -203,7 +220,7 @@ def _check_dtypes(opened: Source, planned: Plan) -> None:
 
 def _common_dtype(opened: Source, planned: Plan) -> str:
     """The dtype that most parameters have, for the splats that are added to them."""
-    dtypes = [opened.tensors[name].dtype for name in planned.sources.values()]
+    dtypes = [opened.tensors[piece.tensor].dtype for piece in planned.sources.values()]
     return max(DTYPES, key=dtypes.count)
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gsa_jax.config import GPTNeoConfig
+from gsa_jax.checkpoint import CONFIG_FILE
+from gsa_jax.config import GPTNeoConfig, read_config_values
 from gsa_jax.convert.folder import check_config, refuse_impostor, weight_files
 from gsa_jax.convert.hub import find_folder
 from gsa_jax.convert.torch_files import open_torch_file
@@ -51,12 +52,14 @@ class Source:
     """An opened Hugging Face folder.
 
     Attributes:
+        model_type: of its `config.json`; how the tensors are named and stored.
         files: that hold the tensors, and their index if there is one.
         containers: a phrase for each file whose state dict stood in another dict: what it was taken out of.
     """
 
     folder: Path
     config: GPTNeoConfig
+    model_type: str
     tensors: dict[str, SourceTensor]
     files: tuple[Path, ...]
     containers: tuple[str, ...]
@@ -73,10 +76,10 @@ def open_source(source: str | Path, *, revision: str | None = None, subfolder: s
         subfolder: of the folder or repository, that holds the model.
 
     Raises:
-        InputError: there is no such folder, or what it holds cannot be read as a GPT-Neo checkpoint.
+        InputError: there is no such folder, or what it holds cannot be read as a checkpoint of a donor.
     """
     folder = find_folder(str(source), revision=revision, subfolder=subfolder)
-    config = check_config(folder)
+    config, model_type = check_config(folder), read_config_values(folder / CONFIG_FILE)["model_type"]
     files = weight_files(folder)
     tensors: dict[str, SourceTensor] = {}
     containers: list[str] = []
@@ -93,7 +96,7 @@ def open_source(source: str | Path, *, revision: str | None = None, subfolder: s
             tensors[name] = tensor
     if not tensors:
         raise InputError(f"{folder}: its weight files hold no tensors")
-    return Source(folder, config, tensors, tuple(files), tuple(containers))
+    return Source(folder, config, model_type, tensors, tuple(files), tuple(containers))
 
 
 def _open_safetensors(file: Path) -> dict[str, SourceTensor]:

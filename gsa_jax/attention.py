@@ -19,10 +19,11 @@ from gsa_jax.ops import Splats, SplatState, init_splat_state, no_splats, splat_a
 
 
 class GPTNeoSelfAttention(nnx.Module):
-    """Multi-head attention as in `transformers` v4.57 `GPTNeoSelfAttention`: unscaled, q/k/v without bias."""
+    """Multi-head attention as in `transformers` v4.57 `GPTNeoSelfAttention`, or `GPT2Attention` with other fields."""
 
     def __init__(self, config: GPTNeoConfig, layer: int, *, rngs: nnx.Rngs) -> None:
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.query_scale = config.query_scales[layer]
         self.window: Window = config.windows[layer]
         self.kept = config.layer_splats[layer].kept if layer in config.splat_layers else 0
         self.attention_implementation = config.attention_implementation
@@ -31,9 +32,9 @@ class GPTNeoSelfAttention(nnx.Module):
             size, stddev = config.hidden_size, config.initializer_range
             return Linear(size, size, use_bias=use_bias, stddev=stddev, rngs=rngs)
 
-        self.q_proj = projection(use_bias=False)
-        self.k_proj = projection(use_bias=False)
-        self.v_proj = projection(use_bias=False)
+        self.q_proj = projection(use_bias=config.attention_bias)
+        self.k_proj = projection(use_bias=config.attention_bias)
+        self.v_proj = projection(use_bias=config.attention_bias)
         self.out_proj = projection(use_bias=True)
 
     def __call__(
@@ -75,12 +76,18 @@ class GPTNeoSelfAttention(nnx.Module):
     def project(
         self, hidden_states: Float[Array, "B T E"]
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H D"], Float[Array, "B T H D"]]:
-        """Queries, keys and values."""
+        """Queries, keys and values; exact scores are products of queries and keys as they are given here."""
 
         def heads(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
-        return heads(self.q_proj(hidden_states)), heads(self.k_proj(hidden_states)), heads(self.v_proj(hidden_states))
+        query = heads(self.q_proj(hidden_states))
+        if self.query_scale != 1:
+            # A power of two (heads of 64: 1/8) gives the bits that a scaled weight and bias would give, in any dtype.
+            # The weights stay as they were stored all the same: AdamW would train scaled ones at another pace, and
+            # float16 would lose the last bits of small ones. Another scale is multiplied with, and rounded, once.
+            query = (query.astype(jnp.float32) * self.query_scale).astype(query.dtype)
+        return query, heads(self.k_proj(hidden_states)), heads(self.v_proj(hidden_states))
 
     def _attn(
         self,
