@@ -47,8 +47,9 @@ def export(checkpoint: str | Path, out: str | Path, *, exact: bool = False, spla
     names tensors as we do, whatever the donor.
 
     Args:
-        exact: write a plain model as the donor's (GPT-Neo or GPT-2) is stored. Splats go along, under the names of the dialect that they were imported from, or
-            `gsa_splat_centers` and `gsa_splat_log_scales`; `transformers` reports them as unused.
+        exact: write a plain model, as the donor's (GPT-Neo or GPT-2) is stored. Splats go along, under the names of the
+            dialect that they were imported from, or `gsa_splat_centers` and `gsa_splat_log_scales`; `transformers`
+            reports them as unused.
         splats_only: write the splats alone, for `gsa_jax.convert.convert(splats=out)` to put beside the model again.
 
     Raises:

@@ -1,8 +1,8 @@
 """Which tensor of a PyTorch checkpoint is which parameter, and which is none.
 
 May be changed here: wrappers that are stripped, buffers that are ignored, and the dialects of splat names. How a donor
-names and stores everything else is `gsa_jax.convert.donors`; our names are those of `gsa_jax.parameters`. Pure functions
-of names and shapes; no file is read.
+names and stores everything else is `gsa_jax.convert.donors`; our names are those of `gsa_jax.parameters`. Pure
+functions of names and shapes; no file is read.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class GPTNeoSelfAttention(nnx.Module):
 
     def __init__(self, config: GPTNeoConfig, layer: int, *, rngs: nnx.Rngs) -> None:
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.query_scale = config.query_scales[layer]
+        self.query_scale, self.key_scale = config.score_scales(layer)
         self.window: Window = config.windows[layer]
         self.kept = config.layer_splats[layer].kept if layer in config.splat_layers else 0
         self.attention_implementation = config.attention_implementation
@@ -81,13 +81,16 @@ class GPTNeoSelfAttention(nnx.Module):
         def heads(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
-        query = heads(self.q_proj(hidden_states))
-        if self.query_scale != 1:
-            # A power of two (heads of 64: 1/8) gives the bits that a scaled weight and bias would give, in any dtype.
-            # The weights stay as they were stored all the same: AdamW would train scaled ones at another pace, and
-            # float16 would lose the last bits of small ones. Another scale is multiplied with, and rounded, once.
-            query = (query.astype(jnp.float32) * self.query_scale).astype(query.dtype)
-        return query, heads(self.k_proj(hidden_states)), heads(self.v_proj(hidden_states))
+        query, key = heads(self.q_proj(hidden_states)), heads(self.k_proj(hidden_states))
+        if (self.query_scale, self.key_scale) != (1, 1):
+            # Powers of two (heads of 64: 1/8 in all) give the bits that scaled weights and biases would give, in any
+            # dtype. The weights stay as they were stored all the same: AdamW would train scaled ones at another pace,
+            # and small ones would lose bits. Where the whole is none, the query is rounded once more.
+            query, key = (
+                (x.astype(jnp.float32) * scale).astype(x.dtype)
+                for x, scale in ((query, self.query_scale), (key, self.key_scale))
+            )
+        return query, key, heads(self.v_proj(hidden_states))
 
     def _attn(
         self,

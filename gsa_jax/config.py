@@ -348,12 +348,17 @@ class GPTNeoConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
-    @property
-    def query_scales(self) -> tuple[float, ...]:
-        """What each layer multiplies its queries by, so that exact scores are products of queries and keys."""
-        of_heads = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
-        by_layer = self.scale_attn_by_inverse_layer_idx
-        return tuple(of_heads / (layer + 1 if by_layer else 1) for layer in range(self.num_layers))
+    def score_scales(self, layer: int) -> tuple[float, float]:
+        """What a layer multiplies its queries and its keys by, so that exact scores are products of the two.
+
+        Each takes about half, because a splat serves both: where queries are far shorter than keys, splats stand where
+        no query is. The key's share is a power of two, and so is the query's where the whole is one.
+        """
+        whole = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+        if self.scale_attn_by_inverse_layer_idx:
+            whole /= layer + 1
+        of_keys = 2.0 ** round(math.log2(whole) / 2)
+        return whole / of_keys, of_keys
 
     @property
     def mlp_dim(self) -> int:
