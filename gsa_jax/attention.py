@@ -1,4 +1,4 @@
-"""The attention of a GPT-Neo block, and the subclass that sees far keys through splats.
+"""The attention of a block, and the subclass that sees far keys through splats.
 
 May be changed here: projections and head bookkeeping (`GPTNeoSelfAttention`), what attention through splats does
 (`GSASelfAttention._attn`, nothing else), and the initial splats of a model that has seen no data. The arithmetic itself

@@ -29,7 +29,7 @@ class GSAConfig(GPTNeoConfig):
         donor: `model_type` of the model without its splats.
         splats: `num_splats`, `window` and `kept`, each a number or a list of one for each layer with splats; `layers`,
             which are `"global"`, `"all"` or numbers; which optional terms there are (`log_amplitudes`, `norm_gain`,
-            `far_gain`); and `importance`, which is `"norm"` or `"learned"`. Without any, every layer is GPT-Neo's own.
+            `far_gain`); and `importance`, which is `"norm"` or `"learned"`. Without any, every layer is exact.
     """
 
     model_type = "gsa_gpt_neo"
@@ -71,7 +71,7 @@ class GSAConfig(GPTNeoConfig):
         return whole / of_keys, of_keys
 
     def layer_splats(self, layer: int) -> LayerSplats | None:
-        """What a layer has, or None for a layer of GPT-Neo's own."""
+        """What a layer has, or None for one without splats."""
         if self.splats is None:
             return None
         layers = self.splats["layers"]

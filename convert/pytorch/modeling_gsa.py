@@ -238,7 +238,7 @@ class GSAPreTrainedModel(GPTNeoPreTrainedModel):
 
 
 class GSAModel(GSAPreTrainedModel, GPTNeoModel):
-    """GPT-Neo without a head, with `GSASelfAttention` in the layers that have splats."""
+    """The model without a head, with `GSASelfAttention` in the layers that have splats."""
 
     def __init__(self, config: GSAConfig) -> None:
         super().__init__(config)
@@ -251,7 +251,7 @@ class GSAModel(GSAPreTrainedModel, GPTNeoModel):
 
 
 class GSAForCausalLM(GSAPreTrainedModel, GPTNeoForCausalLM):
-    """The same with GPT-Neo's head, which is tied to the token embedding."""
+    """The same with its head, which is tied to the token embedding."""
 
     def __init__(self, config: GSAConfig) -> None:
         super().__init__(config)

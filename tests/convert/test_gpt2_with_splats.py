@@ -1,0 +1,146 @@
+"""A GPT-2 with splats: in PyTorch, on the command line, and back to a GPT-2.
+
+May be changed here: what is done with it. The exact model is `test_gpt2.py`, the PyTorch code for other models
+`test_pytorch_model.py`.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from transformers import AutoModelForCausalLM
+
+from gsa_jax import GPTNeoForCausalLM, SplatConfig, generate, load
+from gsa_jax.checkpoint import load_tensors, save
+from gsa_jax.convert import convert, export
+from gsa_jax.convert.verify import verify
+from gsa_jax.parameters import build_model, is_splat, named_parameters
+from helpers.bits import assert_same_tensors
+from helpers.hf_folders import read_safetensors
+from helpers.hf_gpt2 import hf_gpt2, tensors_of, write_gpt2
+from helpers.hf_oracle import torch_logits
+from helpers.hf_splats import hf_splat_model
+from helpers.texts import STORIES, TOLD
+from helpers.tiny_models import random_ids, relative_rms
+
+pytestmark = pytest.mark.parity
+
+ALL_TERMS = {"log_amplitudes": True, "norm_gain": True, "far_gain": True}
+MODES = {
+    "pure": SplatConfig(num_splats=3, window=0),
+    "hybrid": SplatConfig(num_splats=3, window=6, **ALL_TERMS),
+    "kept": SplatConfig(num_splats=3, window=5, kept=4, importance="learned", norm_gain=True),
+    "one layer": SplatConfig(num_splats=3, window=5, layers=(1,)),
+    "attached": SplatConfig(num_splats=3),
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "heads of 64": {"n_embd": 128, "n_head": 2},
+    "heads of 48, scaled by layer": {"n_embd": 96, "n_head": 2, "scale_attn_by_inverse_layer_idx": True},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where transformers puts code that it was told to trust."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
+def with_splats(theirs: Any, folder: Path, splats: SplatConfig) -> GPTNeoForCausalLM:
+    """The same model with splats that are random in every parameter, wide enough for its keys to reach them."""
+    convert(write_gpt2(folder / "source", theirs), folder / "plain")
+    config, tensors = load_tensors(folder / "plain")
+    config, random = dataclasses.replace(config, splats=splats), np.random.default_rng(0)
+    drawn = {}
+    for name, tensor in named_parameters(GPTNeoForCausalLM(config, rngs=nnx.Rngs(0))).items():
+        if is_splat(name):
+            centre = 0.7 if name.endswith("log_scales") else 0.0
+            drawn[name] = jnp.asarray(centre + 0.2 * random.normal(size=tensor.shape), jnp.float32)
+    return build_model(config, tensors | drawn)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_pytorch_computes_the_same(tmp_path: Path, mode: str, shape: str) -> None:
+    model = with_splats(hf_gpt2(**SHAPES[shape]), tmp_path, MODES[mode])
+    ids, mask = random_ids(1, 2, 30), np.ones((2, 30), bool)
+    mask[1, :9] = False
+    expected = torch_logits(hf_splat_model(model), ids, mask)[mask]
+    assert relative_rms(np.asarray(model(ids, mask))[mask], expected) < 1e-5
+    if mode != "attached":
+        exact = build_model(model.config.with_window("all"), named_parameters(model))
+        assert relative_rms(np.asarray(exact(ids, mask))[mask], expected) > 1e-2
+
+
+def test_from_the_command_line_to_pytorch_and_back(
+    standard_promotion: None, run_gsa: Any, tmp_path: Path, story_neo: Path
+) -> None:
+    """Made by Hugging Face, converted, placed, distilled, scored, exported, and loaded by PyTorch."""
+    theirs = hf_gpt2(vocab_size=1024, n_embd=64, n_head=1)
+    source = write_gpt2(tmp_path / "source", theirs)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(story_neo / name, source / name)
+    run, told = tmp_path / "run", ["--text", TOLD]
+    fitted = ["--num-splats", 4, "--window", 8]
+    few = ["--steps", 4, "--batch-size", 2]
+    for command in (
+        ["convert", source, tmp_path / "plain"],
+        ["verify", source, tmp_path / "plain", "--text", STORIES],
+        ["fit-init", tmp_path / "plain", tmp_path / "fitted", *told, *fitted],
+        ["train", "distill", tmp_path / "fitted", run, *told, *few],
+        ["train", "finetune", run / "model", tmp_path / "tuned", *told, *few],
+        ["eval", run / "model", "--text", STORIES, "--json", tmp_path / "scores.json"],
+        ["diagnose", run / "model", "--text", STORIES],
+        ["generate", run / "model", "--prompt", "Once upon a time", "--max-new-tokens", 5],
+        ["export", run / "model", tmp_path / "exported"],
+        ["export", run / "model", tmp_path / "exact", "--exact"],
+        ["convert", tmp_path / "exported", tmp_path / "again"],
+        ["export", tmp_path / "again", tmp_path / "exact again", "--exact"],
+    ):
+        outcome = run_gsa(*command)
+        assert outcome.code == 0, (command, outcome)
+    arms = {arm["name"]: arm for arm in json.loads((tmp_path / "scores.json").read_text())["arms"]}
+    assert arms["hybrid"]["perplexity_ratio"]["value"] != 1 and arms["exact"]["perplexity_ratio"]["value"] == 1
+
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", trust_remote_code=True)
+    ids = random_ids(2, 2, 40)
+    assert relative_rms(load(run / "model")(ids), torch_logits(model.eval(), ids)) < 1e-5
+    prompt = random_ids(3, 1, 20)
+    with torch.no_grad():
+        expected = model.generate(torch.from_numpy(prompt).long(), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    got = generate(load(run / "model"), prompt.tolist(), max_new_tokens=12)
+    count = min(got.shape[1], expected.shape[1] - 20)
+    np.testing.assert_array_equal(got[:, :count], expected.numpy()[:, 20 : 20 + count])
+
+    # The exact model is the one that came in, and its splats lie beside it unused.
+    for exported in ("exact", "exact again"):
+        tensors = read_safetensors(tmp_path / exported)
+        splats = {name for name in tensors if "splat" in name}
+        assert splats
+        assert_same_tensors({n: x for n, x in tensors.items() if n not in splats}, tensors_of(theirs))
+        assert json.loads((tmp_path / exported / "config.json").read_text())["model_type"] == "gpt2"
+    comparisons = verify(tmp_path / "exported", run / "model")
+    assert [comparison.agrees for comparison in comparisons] == [True]
+    convert(tmp_path / "exact", tmp_path / "from exact")
+    assert load_tensors(tmp_path / "from exact")[0].splats == SplatConfig(num_splats=4, layers="all")
+
+
+def test_splats_travel_without_their_model(tmp_path: Path) -> None:
+    model = with_splats(hf_gpt2(), tmp_path, MODES["hybrid"])
+    save(tmp_path / "splats", model.config, named_parameters(model), copied=[])
+    export(tmp_path / "splats", tmp_path / "alone", splats_only=True)
+    convert(tmp_path / "source", tmp_path / "together", splats=tmp_path / "alone")
+    ids = random_ids(4, 1, 20)
+    np.testing.assert_array_equal(load(tmp_path / "together")(ids), model(ids))
