@@ -84,6 +84,7 @@ def test_pytorch_computes_the_same(tmp_path: Path, mode: str, shape: str) -> Non
         assert relative_rms(np.asarray(exact(ids, mask))[mask], expected) > 1e-2
 
 
+@pytest.mark.slow
 def test_from_the_command_line_to_pytorch_and_back(
     standard_promotion: None, run_gsa: Any, tmp_path: Path, story_neo: Path
 ) -> None:
@@ -134,7 +135,9 @@ def test_from_the_command_line_to_pytorch_and_back(
     comparisons = verify(tmp_path / "exported", run / "model")
     assert [comparison.agrees for comparison in comparisons] == [True]
     convert(tmp_path / "exact", tmp_path / "from exact")
-    assert load_tensors(tmp_path / "from exact")[0].splats == SplatConfig(num_splats=4, layers="all")
+    (config, tensors), (own_config, own_tensors) = (load_tensors(x) for x in (tmp_path / "from exact", run / "model"))
+    assert config == own_config
+    assert_same_tensors(tensors, own_tensors)
 
 
 def test_splats_travel_without_their_model(tmp_path: Path) -> None:
