@@ -19,8 +19,9 @@ import numpy as np
 from device_bench import Bench, Finding, concurrently, normal, seconds_per_call
 
 import gsa_jax
-from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig, LayerSplats, SplatConfig
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.parameters import POSITION_EMBEDDING, build_model, expected_shapes
+from gsa_jax.splat_config import SPLAT_PRESETS, LayerSplats, SplatConfig
 from gsa_jax.train.config import MODELS, MeshConfig, OptimizerConfig
 from gsa_jax.train.memory import memory_reports
 from gsa_jax.train.objectives import cross_entropy

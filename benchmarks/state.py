@@ -24,7 +24,8 @@ import matplotlib.pyplot as plt
 from quality import MODEL, make, train
 
 from gsa_jax.attention import state_bytes
-from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig, SplatConfig, read_config
+from gsa_jax.config import GPTNeoConfig, read_config
+from gsa_jax.splat_config import SPLAT_PRESETS, SplatConfig
 
 RESULTS = Path(__file__).parent / "results" / "state.json"
 FIGURE = Path(__file__).parents[1] / "docs" / "state.svg"

@@ -34,8 +34,8 @@ def ours(folder: str, context: int, hybrid: bool) -> Callable[[], Any]:
     import jax
 
     from gsa_jax.attention import init_splats
-    from gsa_jax.config import SPLAT_PRESETS
     from gsa_jax.parameters import attention_tensor, build_model, named_parameters
+    from gsa_jax.splat_config import SPLAT_PRESETS
     from gsa_jax.train.config import OptimizerConfig
     from gsa_jax.train.objectives import cross_entropy
     from gsa_jax.train.optimizer import make_optimizer

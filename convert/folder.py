@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from gsa_jax.checkpoint import CONFIG_FILE
+from gsa_jax.checkpoint import CONFIG_FILE, WEIGHTS_FOLDER
 from gsa_jax.config import GPTNeoConfig, read_config
 from gsa_jax.errors import InputError, listed
 
@@ -60,6 +60,20 @@ def refuse_adapter(where: object, names: Collection[str]) -> None:
         raise InputError(
             f"{where}: holds an adapter ({adapter}), not a model; merge it into its model first (PEFT: "
             "merge_and_unload, then save_pretrained), then convert the result"
+        )
+
+
+def holds_checkpoint(names: Collection[str]) -> bool:
+    """Whether a folder or repository with these files and folders at its top is a checkpoint of this package."""
+    formats = {name for stem in _WEIGHT_STEMS for name in (stem, f"{stem}.index.json")}
+    return WEIGHTS_FOLDER in names and not formats & set(names)
+
+
+def refuse_checkpoint(where: object, names: Collection[str]) -> None:
+    """Raises `InputError` if a folder or repository is a checkpoint of this package, which nothing is to be made of."""
+    if holds_checkpoint(names):
+        raise InputError(
+            f"{where}: is a gsa-jax checkpoint already; use it as it is (from a hub: gsa_jax.from_pretrained)"
         )
 
 

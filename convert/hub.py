@@ -8,13 +8,30 @@ from __future__ import annotations
 
 import glob
 from pathlib import Path
+from typing import NamedTuple
 
-from gsa_jax.checkpoint import CARRIED_FILE, CONFIG_FILE, TOKENIZER_FILES, is_hub_id
-from gsa_jax.convert.folder import check_config, refuse_adapter, shard_names, weight_file
+from gsa_jax.checkpoint import CARRIED_FILE, CONFIG_FILE, REPORT_FILE, TOKENIZER_FILES, WEIGHTS_FOLDER, is_hub_id
+from gsa_jax.convert.folder import (
+    check_config,
+    holds_checkpoint,
+    refuse_adapter,
+    refuse_checkpoint,
+    shard_names,
+    weight_file,
+)
 from gsa_jax.errors import InputError, first_line
 
 
-def find_folder(source: str, *, revision: str | None = None, subfolder: str | None = None) -> Path:
+class FoundFolder(NamedTuple):
+    """Where a model is on this machine, and the hub's repository (`owner/name`) that it came from, if it did."""
+
+    path: Path
+    hub_id: str | None
+
+
+def find_folder(
+    source: str, *, revision: str | None = None, subfolder: str | None = None, checkpoints: bool = False
+) -> FoundFolder:
     """A local folder, or the local copy of a hub's repository (`owner/name`) with what a conversion needs of it.
 
     Weights are downloaded in one format, the one that would be read, and after the configuration was found usable. If
@@ -23,6 +40,7 @@ def find_folder(source: str, *, revision: str | None = None, subfolder: str | No
     Args:
         revision: a branch, a tag or a commit of the repository.
         subfolder: of the folder or repository, that holds the model.
+        checkpoints: a repository may also be a checkpoint of this package, and is then downloaded as a whole.
 
     Raises:
         InputError: there is no such folder or repository, or its list of files or its configuration cannot be used.
@@ -34,13 +52,14 @@ def find_folder(source: str, *, revision: str | None = None, subfolder: str | No
         folder = folder / (subfolder or "")
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder")
-        return folder
+        return FoundFolder(folder, None)
     if folder.exists():
         raise InputError(f"{source}: is a file; give the folder that holds config.json and the weights")
     if not is_hub_id(source):
         raise InputError(f"{source}: no such folder")
     inside = "/".join(part for part in (subfolder or "").split("/") if part)
-    return _Repository(source, revision, f"{inside}/" if inside else "").download()
+    repository = _Repository(source, revision, f"{inside}/" if inside else "")
+    return FoundFolder(repository.download(checkpoints), source)
 
 
 class _Repository:
@@ -48,7 +67,7 @@ class _Repository:
         self._name, self._revision, self._prefix = name, revision, prefix
         self._label = f"{name}{f'@{revision}' if revision else ''}{f'/{prefix[:-1]}' if prefix else ''}"
 
-    def download(self) -> Path:
+    def download(self, checkpoints: bool) -> Path:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -64,13 +83,21 @@ class _Repository:
             raise InputError(
                 f"{self._name}: no such folder, and no such model on the hub; log in if it is private: hf auth login"
             ) from None
-        except _hub_errors() as error:
+        except hub_errors() as error:
             return self._from_cache(error)
         paths = [sibling.rfilename for sibling in info.siblings or []]
         files = {path.removeprefix(self._prefix) for path in paths if path.startswith(self._prefix)}
         refuse_adapter(self._label, files)
         if CONFIG_FILE not in files:
             raise InputError(f"{self._label}: no {CONFIG_FILE} in it; a model needs one")
+        top = {name.split("/")[0] for name in files}
+        others = [name for name in TOKENIZER_FILES if name in files]
+        others += [name for name in files if name.startswith("additional_chat_templates/")]
+        if checkpoints and holds_checkpoint(top):
+            weights = [name for name in files if name.startswith(f"{WEIGHTS_FOLDER}/")]
+            check_config(self._fetch([CONFIG_FILE]))
+            return self._fetch([CONFIG_FILE, *({REPORT_FILE} & files), *others, *weights])
+        refuse_checkpoint(self._label, top)
         chosen = weight_file(self._label, files)
         check_config(self._fetch([CONFIG_FILE]))
         weights = [chosen]
@@ -79,9 +106,7 @@ class _Repository:
             missing = [name for name in weights if name not in files]
             if missing:
                 raise InputError(f"{self._label}: {chosen} lists shards that are not there: {', '.join(missing[:5])}")
-        others = [name for name in TOKENIZER_FILES if name in files and name != CARRIED_FILE]
-        templates = [name for name in files if name.startswith("additional_chat_templates/")]
-        return self._fetch([CONFIG_FILE, *others, *templates, *weights])
+        return self._fetch([CONFIG_FILE, *(name for name in others if name != CARRIED_FILE), *weights])
 
     def _fetch(self, names: list[str]) -> Path:
         """The folder of the model in the cache, with these files in it."""
@@ -90,7 +115,7 @@ class _Repository:
         patterns = [glob.escape(self._prefix + name) for name in names]
         try:
             snapshot = snapshot_download(self._name, revision=self._revision, allow_patterns=patterns)
-        except _hub_errors() as error:
+        except hub_errors() as error:
             raise InputError(f"{self._label}: cannot be had from the hub ({first_line(error)})") from error
         return Path(snapshot, self._prefix)
 
@@ -102,14 +127,14 @@ class _Repository:
             config = hf_hub_download(
                 self._name, self._prefix + CONFIG_FILE, revision=self._revision, local_files_only=True
             )
-        except _hub_errors():
+        except hub_errors():
             raise InputError(
                 f"{self._name}: no such folder, and not to be had from the hub ({first_line(reason)})"
             ) from reason
         return Path(config).parent
 
 
-def _hub_errors() -> tuple[type[Exception], ...]:
+def hub_errors() -> tuple[type[Exception], ...]:
     """What the hub's client raises, and what it lets through of its HTTP library, another one in each major version."""
     from huggingface_hub.errors import HfHubHTTPError
 

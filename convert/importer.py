@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from gsa_jax.checkpoint import (
     save,
     tokenizer_files,
 )
-from gsa_jax.config import DTYPES, GPTNeoConfig, SplatConfig, carried_fields, read_config_values
+from gsa_jax.config import DTYPES, GPTNeoConfig, carried_fields, read_config_values
 from gsa_jax.convert.folder import refuse_impostor
 from gsa_jax.convert.names import Plan, plan
 from gsa_jax.convert.reader import Source, SourceTensor, open_source
@@ -34,6 +35,7 @@ from gsa_jax.files import refuse_existing, refuse_full_disk
 from gsa_jax.parameters import TOKEN_EMBEDDING, attention_tensor, is_splat
 from gsa_jax.progress import Progress
 from gsa_jax.sharding import require_backend
+from gsa_jax.splat_config import SplatConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class ConversionReport:
 
     Attributes:
         source: as the user named it.
+        hub_id: `owner/name`, if it came from a hub.
         dialect: of the source's splat names, `"plain"` if it has none.
         tensors: in the checkpoint, splats included.
         parameters: in the checkpoint.
@@ -58,6 +61,7 @@ class ConversionReport:
     """
 
     source: str
+    hub_id: str | None
     dialect: str
     tensors: int
     parameters: int
@@ -106,10 +110,88 @@ def convert(
     """
     out = Path(out)
     refuse_existing(out)
+    conversion = open_conversion(
+        open_source(source, revision=revision, subfolder=subfolder),
+        splats=splats,
+        dtype=dtype,
+        allow_nonfinite=allow_nonfinite,
+        tokenizer=tokenizer,
+    )
+    refuse_full_disk(out, conversion.source_bytes)
+    tensors = conversion.read(progress)
+    report = conversion.report(str(source), tensors)
+    save(out, conversion.config, tensors, copied=conversion.copied, reports=conversion.reports(report))
+    return report
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """A source whose tensors have not been read, but are known to be those of a model.
+
+    Attributes:
+        config: of the model, with the splats that the source carries or that are attached to it.
+        copied: files that go with the weights.
+        opened: the source.
+        planned: which of its tensors is which parameter.
+        attached: parameters that do not come from it.
+        dtype: that parameters are converted to; as they are stored if None.
+        allow_nonfinite: whether weights may be NaN or infinite.
+    """
+
+    config: GPTNeoConfig
+    copied: list[Path]
+    opened: Source
+    planned: Plan
+    attached: dict[str, np.ndarray]
+    dtype: str | None
+    allow_nonfinite: bool
+
+    @property
+    def source_bytes(self) -> int:
+        """Of the tensors that come from the source, in the dtype that they are converted to."""
+        stored = [self.opened.tensors[name] for name in _tensors_used(self.planned)]
+        return sum(tensor.size * jnp.dtype(self.dtype or tensor.dtype).itemsize for tensor in stored)
+
+    def read(self, progress: Progress = iter) -> dict[str, np.ndarray]:
+        """The parameters of the model by their names, read one by one.
+
+        Raises:
+            InputError: a file is damaged, weights are not finite, or the head is not tied to the embedding.
+        """
+        read = _read(self.opened, self.planned, self.dtype, self.allow_nonfinite, progress)
+        return dict(read) | self.attached
+
+    def report(self, source: str, tensors: dict[str, np.ndarray]) -> ConversionReport:
+        """What there is to say of it.
+
+        Args:
+            source: as the user named it.
+            tensors: that `read` gave.
+        """
+        return _report(source, self.opened, self.planned, tensors, self.attached, self.copied)
+
+    def reports(self, report: ConversionReport) -> dict[str, dict[str, Any]]:
+        """Files that are written beside the weights: this report, and fields that the model has no use for."""
+        carried = carried_fields(read_config_values(self.opened.folder / CONFIG_FILE))
+        return {REPORT_FILE: dataclasses.asdict(report)} | ({CARRIED_FILE: carried} if carried else {})
+
+
+def open_conversion(
+    opened: Source,
+    *,
+    splats: SplatConfig | Path | None = None,
+    dtype: str | None = None,
+    allow_nonfinite: bool = False,
+    tokenizer: Path | None = None,
+) -> Conversion:
+    """Finds out which tensor of a source is which parameter; the arguments are those of `convert`.
+
+    Raises:
+        InputError: the source is not of a donor, or does not go with what is to be added to it.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
     require_backend()
-    opened = open_source(source, revision=revision, subfolder=subfolder)
     copied = _copied_files(opened.folder, tokenizer, opened.config)
     try:
         planned = plan_source(opened)
@@ -118,14 +200,7 @@ def convert(
         raise InputError(f"{files.pop() if len(files) == 1 else opened.folder}: {error}") from None
     _check_dtypes(opened, planned)
     config, attached = _attach(planned.config, splats, dtype or _common_dtype(opened, planned))
-    stored = [opened.tensors[name] for name in _tensors_used(planned)]
-    refuse_full_disk(out, sum(tensor.size * jnp.dtype(dtype or tensor.dtype).itemsize for tensor in stored))
-    tensors = dict(_read(opened, planned, dtype, allow_nonfinite, progress)) | attached
-    report = _report(str(source), opened, planned, tensors, attached, copied)
-    carried = carried_fields(read_config_values(opened.folder / CONFIG_FILE))
-    reports = {REPORT_FILE: dataclasses.asdict(report)} | ({CARRIED_FILE: carried} if carried else {})
-    save(out, config, tensors, copied=copied, reports=reports)
-    return report
+    return Conversion(config, copied, opened, planned, attached, dtype, allow_nonfinite)
 
 
 def plan_source(source: Source) -> Plan:
@@ -261,6 +336,7 @@ def _report(
     dtypes = [str(tensor.dtype) for tensor in tensors.values()]
     return ConversionReport(
         source=source,
+        hub_id=opened.hub_id,
         dialect=planned.dialect,
         tensors=len(tensors),
         parameters=sum(tensor.size for tensor in tensors.values()),

@@ -11,11 +11,12 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from gsa_jax.config import GPTNeoConfig, SplatConfig
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.convert.donors import LAYOUTS, Piece
 from gsa_jax.errors import InputError, listed
 from gsa_jax.hf_fields import DONORS
 from gsa_jax.parameters import TOKEN_EMBEDDING, attention_tensor, expected_shapes, shape_problems
+from gsa_jax.splat_config import SplatConfig
 
 _WRAPPERS = (
     "module",

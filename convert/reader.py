@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from gsa_jax.checkpoint import CONFIG_FILE
 from gsa_jax.config import GPTNeoConfig, read_config_values
-from gsa_jax.convert.folder import check_config, refuse_impostor, weight_files
-from gsa_jax.convert.hub import find_folder
+from gsa_jax.convert.folder import check_config, refuse_checkpoint, refuse_impostor, weight_files
+from gsa_jax.convert.hub import FoundFolder, find_folder
 from gsa_jax.convert.torch_files import open_torch_file
 from gsa_jax.errors import InputError
 
@@ -55,6 +55,7 @@ class Source:
         model_type: of its `config.json`; how the tensors are named and stored.
         files: that hold the tensors, and their index if there is one.
         containers: a phrase for each file whose state dict stood in another dict: what it was taken out of.
+        hub_id: `owner/name`, if the folder came from a hub.
     """
 
     folder: Path
@@ -63,6 +64,7 @@ class Source:
     tensors: dict[str, SourceTensor]
     files: tuple[Path, ...]
     containers: tuple[str, ...]
+    hub_id: str | None
 
 
 def open_source(source: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Source:
@@ -78,7 +80,17 @@ def open_source(source: str | Path, *, revision: str | None = None, subfolder: s
     Raises:
         InputError: there is no such folder, or what it holds cannot be read as a checkpoint of a donor.
     """
-    folder = find_folder(str(source), revision=revision, subfolder=subfolder)
+    return open_folder(find_folder(str(source), revision=revision, subfolder=subfolder))
+
+
+def open_folder(found: FoundFolder) -> Source:
+    """The same of a folder that has been found.
+
+    Raises:
+        InputError: what it holds cannot be read as a checkpoint of a donor.
+    """
+    folder = found.path
+    refuse_checkpoint(folder, {path.name for path in folder.iterdir()})
     config, model_type = check_config(folder), read_config_values(folder / CONFIG_FILE)["model_type"]
     files = weight_files(folder)
     tensors: dict[str, SourceTensor] = {}
@@ -96,7 +108,7 @@ def open_source(source: str | Path, *, revision: str | None = None, subfolder: s
             tensors[name] = tensor
     if not tensors:
         raise InputError(f"{folder}: its weight files hold no tensors")
-    return Source(folder, config, model_type, tensors, tuple(files), tuple(containers))
+    return Source(folder, config, model_type, tensors, tuple(files), tuple(containers), found.hub_id)
 
 
 def _open_safetensors(file: Path) -> dict[str, SourceTensor]:

@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from gsa_jax.checkpoint import CONFIG_FILE
-from gsa_jax.config import GPTNeoConfig, SplatConfig, read_config
+from gsa_jax.config import GPTNeoConfig, read_config
 from gsa_jax.errors import InputError
 from gsa_jax.files import new_folder
 from gsa_jax.parameters import expected_shapes, is_splat, shape_problems
+from gsa_jax.splat_config import SplatConfig
 
 SPLATS_FILE = "splats.safetensors"
 

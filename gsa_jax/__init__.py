@@ -12,11 +12,14 @@ from gsa_jax import assets
 if TYPE_CHECKING:
     from gsa_jax.checkpoint import load, load_tokenizer, open_tokenizer
     from gsa_jax.completion import Completion, complete, stream_text
-    from gsa_jax.config import GPTNeoConfig, SplatConfig
+    from gsa_jax.config import GPTNeoConfig
     from gsa_jax.errors import InputError
     from gsa_jax.generation import generate, generate_stream
     from gsa_jax.model import GPTNeoForCausalLM
+    from gsa_jax.pretrained import Pretrained, from_pretrained, save_pretrained
+    from gsa_jax.publishing import model_card, push_to_hub
     from gsa_jax.sampling import Categorical, Greedy, make_sampler
+    from gsa_jax.splat_config import SplatConfig
 
 __all__ = [
     "Categorical",
@@ -25,26 +28,34 @@ __all__ = [
     "GPTNeoForCausalLM",
     "Greedy",
     "InputError",
+    "Pretrained",
     "SplatConfig",
     "assets",
     "complete",
+    "from_pretrained",
     "generate",
     "generate_stream",
     "load",
     "load_tokenizer",
     "make_sampler",
+    "model_card",
     "open_tokenizer",
+    "push_to_hub",
+    "save_pretrained",
     "stream_text",
 ]
 
 _MODULES = {
     "checkpoint": ("load", "load_tokenizer", "open_tokenizer"),
     "completion": ("Completion", "complete", "stream_text"),
-    "config": ("GPTNeoConfig", "SplatConfig"),
+    "config": ("GPTNeoConfig",),
     "errors": ("InputError",),
     "generation": ("generate", "generate_stream"),
     "model": ("GPTNeoForCausalLM",),
+    "publishing": ("model_card", "push_to_hub"),
+    "pretrained": ("Pretrained", "from_pretrained", "save_pretrained"),
     "sampling": ("Categorical", "Greedy", "make_sampler"),
+    "splat_config": ("SplatConfig",),
 }
 
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.config import OPTIONAL_TERMS, GPTNeoConfig, LayerSplats, Window
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.layers import Linear
 from gsa_jax.ops import Splats, SplatState, init_splat_state, no_splats, splat_attention
+from gsa_jax.splat_config import OPTIONAL_TERMS, LayerSplats, Window
 
 
 class GPTNeoSelfAttention(nnx.Module):

@@ -28,13 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from gsa_jax.config import GPTNeoConfig, Window, carried_fields, read_config
+from gsa_jax.config import DTYPES, GPTNeoConfig, carried_fields, read_config
 from gsa_jax.errors import InputError, first_line, listed
 from gsa_jax.files import new_folder
 from gsa_jax.generation_config import read_generation_config
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.parameters import build_model, expected_shapes, shape_problems
 from gsa_jax.sharding import require_backend, same_path_everywhere, wait_for_all, whole_on_host
+from gsa_jax.splat_config import Window
 from gsa_jax.tokenizer import Tokenizer, light_tokenizer
 
 if TYPE_CHECKING:
@@ -111,6 +112,12 @@ def save(
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a folder that travel with its weights."""
     return [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+
+
+def travelling_files(folder: Path) -> list[Path]:
+    """The files that go from a checkpoint to one that is made of it: those of its tokenizer, and where it came from."""
+    report = folder / REPORT_FILE
+    return [*tokenizer_files(folder), *([report] if report.is_file() else [])]
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -222,9 +229,41 @@ def load(
             `generation_config.json` cannot be used.
     """
     config, tensors = load_tensors(folder)
-    config = config.with_window(window, kept)
+    return model_of(
+        folder,
+        config,
+        tensors,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        remat=remat,
+        window=window,
+        kept=kept,
+        attention_implementation=attention_implementation,
+    )
+
+
+def model_of(
+    folder: str | Path,
+    config: GPTNeoConfig,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    dtype: jax.typing.DTypeLike,
+    param_dtype: jax.typing.DTypeLike | None,
+    remat: bool,
+    window: Window | None,
+    kept: int | None,
+    attention_implementation: str,
+) -> GPTNeoForCausalLM:
+    """What `load` gives, of parameters that have been read: from a checkpoint folder, or a Hugging Face one."""
+    try:
+        computed_in = jnp.dtype(dtype).name
+    except TypeError:
+        raise InputError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}") from None
     config = dataclasses.replace(
-        config, dtype=jnp.dtype(dtype).name, remat=remat, attention_implementation=attention_implementation
+        config.with_window(window, kept),
+        dtype=computed_in,
+        remat=remat,
+        attention_implementation=attention_implementation,
     )
     model = build_model(config, tensors, param_dtype=param_dtype)
     model.generation_config = read_generation_config(Path(folder), config)

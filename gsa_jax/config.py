@@ -11,10 +11,11 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 from gsa_jax.errors import InputError
 from gsa_jax.hf_fields import DONORS, REPLACED, SPLAT_MODEL_TYPE, format_of, own_names, refuse_other_names
+from gsa_jax.splat_config import LayerSplats, SplatConfig, Window, require_int
 
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish", "tanh")
 """Names of Hugging Face activations that `gsa_jax.layers` implements."""
@@ -35,11 +36,6 @@ _OF_LOCAL_LAYERS = ("attention_types", "attention_layers", "window_size")
 """Fields that say nothing of a donor whose layers are all global."""
 
 
-def _require_int(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise InputError(f"{name} = {value!r}: must be a whole number >= {minimum}")
-
-
 def require_seed(seed: int) -> None:
     """Raises `InputError` for a seed that one of the generators of random numbers (JAX, NumPy, grain) does not take."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
@@ -49,114 +45,6 @@ def require_seed(seed: int) -> None:
 def _require_probability(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise InputError(f"{name} = {value!r}: must be a probability in [0, 1)")
-
-
-Window = int | Literal["all"]
-"""Tokens seen exactly, the query's own included; `"all"` is an infinite window."""
-
-
-class LayerSplats(NamedTuple):
-    """What one layer with splats has: S splats per head, a window of W tokens, and M kept keys per head."""
-
-    num_splats: int
-    window: Window
-    kept: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SplatConfig:
-    """Attention through Gaussian splats: where, how many, and which terms of the far score are parameters.
-
-    The first three may be one number for all layers, or a list of one for each layer that has splats.
-
-    Attributes:
-        num_splats: splats per head, S >= 0; with 0, a query sees its window and kept keys, and nothing else.
-        window: tokens that a query sees exactly, W >= 0, its own included. With `"all"`, each layer attends as it does
-            in the plain model, and the splats are attached but unused.
-        kept: keys beyond the window that each head sees exactly, M >= 0: those of most importance.
-        layers: `"global"` for the global ones, `"all"`, or their numbers. A local layer reaches beyond its own window
-            through splats, as a global one does, once `window` is finite.
-        log_amplitudes: each splat has an amplitude.
-        norm_gain: each head weighs the squared norms of query and far key.
-        far_gain: each head weighs far keys against near ones.
-        importance: what makes a key one to keep: its `"norm"`, or weights of each head that are `"learned"`.
-    """
-
-    num_splats: int | tuple[int, ...]
-    window: Window | tuple[int, ...] = "all"
-    kept: int | tuple[int, ...] = 0
-    layers: str | tuple[int, ...] = "global"
-    log_amplitudes: bool = False
-    norm_gain: bool = False
-    far_gain: bool = False
-    importance: Literal["norm", "learned"] = "norm"
-
-    def __post_init__(self) -> None:
-        for name in ("num_splats", "window", "kept"):
-            value = getattr(self, name)
-            if isinstance(value, list | tuple):
-                object.__setattr__(self, name, tuple(value))
-                for number in value:
-                    _require_int(name, number, 0)
-            elif not (name == "window" and value == "all"):
-                _require_int(name, value, 0)
-        if isinstance(self.layers, list | tuple):
-            for layer in self.layers:
-                _require_int("layers", layer, 0)
-            object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
-        elif self.layers not in ("all", "global"):
-            raise InputError(f"layers = {self.layers!r}: must be 'all', 'global' or a list of layer numbers")
-        for name in OPTIONAL_TERMS:
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} = {getattr(self, name)!r}: must be true or false")
-        if self.importance not in ("norm", "learned"):
-            raise InputError(f"importance = {self.importance!r}: must be 'norm' or 'learned'")
-        if self.window == "all" and self.keeps:
-            raise InputError(
-                f"kept = {self.kept} with window = 'all': no key leaves the window; give a number of tokens"
-            )
-        self.of_layers(max(len(x) if isinstance(x, tuple) else 1 for x in (self.num_splats, self.window, self.kept)))
-
-    def of_layers(self, count: int) -> tuple[LayerSplats, ...]:
-        """What each of `count` layers has.
-
-        Raises:
-            InputError: a list has another length, or a layer has nothing to attend to.
-        """
-        columns = []
-        for name in ("num_splats", "window", "kept"):
-            value = getattr(self, name)
-            column = value if isinstance(value, tuple) else (value,) * count
-            if len(column) != count:
-                raise InputError(f"{name} = {list(column)}: give one number for each layer with splats, {count} in all")
-            columns.append(column)
-        layers = tuple(LayerSplats(*values) for values in zip(*columns, strict=True))
-        if (0, 0, 0) in layers:
-            raise InputError(
-                "num_splats = 0 with window = 0 and kept = 0 leaves nothing to attend to; raise one of them"
-            )
-        return layers
-
-    @property
-    def has_splats(self) -> bool:
-        """Whether any layer has any."""
-        return any(self.num_splats) if isinstance(self.num_splats, tuple) else self.num_splats > 0
-
-    @property
-    def keeps(self) -> bool:
-        """Whether any layer keeps keys."""
-        return any(self.kept) if isinstance(self.kept, tuple) else self.kept > 0
-
-
-OPTIONAL_TERMS = ("log_amplitudes", "norm_gain", "far_gain")
-"""Terms of the far score that `SplatConfig` can make parameters; named as in `gsa_jax.ops.Splats`."""
-
-SPLAT_PRESETS = {
-    "hybrid": SplatConfig(num_splats=64, window=64, norm_gain=True, far_gain=True),
-    "seed-phase1": SplatConfig(num_splats=2, window=0, layers="all"),
-}
-"""The recommended configuration, with the two terms that let far scores stand beside near ones; and that of the
-PyTorch prototype, whose two splats replace the products of queries and keys in every layer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,10 +111,10 @@ class GPTNeoConfig:
             "num_heads",
             "window_size",
         ):
-            _require_int(name, getattr(self, name), 1)
+            require_int(name, getattr(self, name), 1)
         object.__setattr__(self, "attention_types", _freeze_attention_types(self.attention_types))
         if self.intermediate_size is not None:
-            _require_int("intermediate_size", self.intermediate_size, 1)
+            require_int("intermediate_size", self.intermediate_size, 1)
         for name in ("resid_dropout", "embed_dropout", "attention_dropout"):
             _require_probability(name, getattr(self, name))
         for name in ("layer_norm_epsilon", "initializer_range"):
@@ -467,5 +355,5 @@ def _freeze_attention_types(value: Any) -> tuple[tuple[tuple[str, ...], int], ..
     for pattern, repeats in frozen:
         if not all(isinstance(kind, str) for kind in pattern):
             raise InputError(f"attention_types = {value!r}: kinds must be names")
-        _require_int("attention_types repeats", repeats, 1)
+        require_int("attention_types repeats", repeats, 1)
     return frozen

@@ -118,6 +118,17 @@ class GenerationConfig:
         )
         return cls(**settings, unsupported=unsupported)
 
+    def to_hf(self) -> dict[str, Any]:
+        """The fields of a `generation_config.json` that `from_hf` reads as the same."""
+        values = dataclasses.asdict(self)
+        del values["unsupported"]
+        given = {name: value for name, value in values.items() if value is not None}
+        given["eos_token_id"] = list(self.eos_token_id)
+        if self.do_sample and self.top_k is None:
+            given["top_k"] = 0  # left out, it would be Hugging Face's 50
+        named = (setting.partition(" = ") for setting in self.unsupported)
+        return given | {name: json.loads(value) for name, _, value in named}
+
 
 def read_generation_config(folder: Path, config: GPTNeoConfig) -> GenerationConfig:
     """That of a model's folder; `GenerationConfig.of_model` if it has no file.

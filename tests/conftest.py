@@ -20,7 +20,13 @@ import jaxtyping
 import pytest
 
 ROOT = Path(__file__).parents[1]
-UNCHECKED = ("gsa_jax.cli", "gsa_jax.config", "gsa_jax.generation_config", "gsa_jax.train.config")
+UNCHECKED = (
+    "gsa_jax.cli",
+    "gsa_jax.config",
+    "gsa_jax.generation_config",
+    "gsa_jax.splat_config",
+    "gsa_jax.train.config",
+)
 """Dataclasses that check themselves, and say what is wrong in a line of their own."""
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 ORDER = [
     {"errors", "assets", "progress", "hlo"},
-    {"hf_fields"},
+    {"hf_fields", "splat_config"},
     {"config", "topology"},
     {"ops", "generation_config", "tokenizer"},
     {"layers", "layer_scan"},
@@ -25,8 +25,8 @@ ORDER = [
     {"sharding", "loss", "sampling", "text", "prompts"},
     {"checkpoint"},
     {"generation", "evaluation", "convert"},
-    {"fitting", "completion", "lm_eval"},
-    {"train"},
+    {"fitting", "completion", "lm_eval", "pretrained"},
+    {"train", "publishing"},
     {"cli"},
 ]
 """A part imports parts that stand before it, and itself; those that stand beside it are strangers."""

@@ -17,9 +17,10 @@ from flax import nnx
 from gsa_jax import GPTNeoForCausalLM, InputError, SplatConfig, generate, load
 from gsa_jax import generation as generation_module
 from gsa_jax.attention import state_bytes
-from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.ops.chunked import _SCHEDULES, Schedule
 from gsa_jax.parameters import build_model, named_parameters
+from gsa_jax.splat_config import SPLAT_PRESETS
 from helpers.tiny_models import VOCAB, random_ids, relative_rms, tiny_model, tiny_splat_model
 
 api = importlib.import_module("gsa_jax.ops.api")

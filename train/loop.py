@@ -33,7 +33,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from gsa_jax.checkpoint import open_tokenizer, save, tokenizer_files
+from gsa_jax.checkpoint import open_tokenizer, save, tokenizer_files, travelling_files
 from gsa_jax.errors import InputError
 from gsa_jax.progress import Progress
 from gsa_jax.sharding import batch_share, check_mesh, make_mesh, shard_batch, shard_tensors, shardings
@@ -120,7 +120,9 @@ def train(
         finished = run.advance(log, evaluator, should_stop)
         out = config.out / MODEL_FOLDER
         if finished and not out.exists():
-            save(out, start.model, run.parameters(), copied=tokenizer_files(start.tokenizer))
+            # Without a checkpoint to start from, the tokenizer is that of another model.
+            copied = (tokenizer_files if start.stored is None else travelling_files)(start.tokenizer)
+            save(out, start.model, run.parameters(), copied=copied)
     return Outcome(run.step, "finished" if finished else "stopped", out)
 
 

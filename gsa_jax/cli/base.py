@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gsa_jax.config import SPLAT_PRESETS, SplatConfig
 from gsa_jax.errors import InputError
+from gsa_jax.splat_config import SPLAT_PRESETS, SplatConfig
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -81,16 +81,6 @@ class SplatCommand(Command):
         if given and self.num_splats is None:
             raise InputError(f"--{next(iter(given))}: how many splats? Give --num-splats or --preset as well")
         return SplatConfig(**given) if given else None
-
-
-def describe(splats: SplatConfig) -> str:
-    """What layers with splats have, in words."""
-
-    def numbers(value: int | str | tuple[int, ...]) -> str:
-        return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-    kept = f", {numbers(splats.kept)} kept keys" if splats.keeps else ""
-    return f"{numbers(splats.num_splats)} splats, a window of {numbers(splats.window)} tokens{kept}"
 
 
 def progress(names: Iterable[str], label: str) -> Iterable[str]:

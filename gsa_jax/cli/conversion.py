@@ -5,7 +5,9 @@ May be changed here: their options and what they print.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -128,11 +130,14 @@ class Verify(TextCommand):
     """Branch, tag or commit of the hub's repository."""
     subfolder: str | None = None
     """Folder inside of the source that holds the model."""
+    json: Path | None = None
+    """File to make with all numbers."""
 
     def run(self) -> int:
         from gsa_jax.convert.verify import verify
+        from gsa_jax.files import new_file
 
-        with status("running both models"):
+        with status("running both models"), new_file(self.json) if self.json else contextlib.nullcontext() as staging:
             comparisons = verify(
                 self.source,
                 self.checkpoint,
@@ -140,6 +145,10 @@ class Verify(TextCommand):
                 revision=self.revision,
                 subfolder=self.subfolder,
             )
+            if staging is not None:
+                rows = [{**dataclasses.asdict(found), "agrees": found.agrees} for found in comparisons]
+                report = {"source": self.source, "checkpoint": str(self.checkpoint), "comparisons": rows}
+                staging.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         print_table(
             f"{self.checkpoint} against {self.source}",
             ["oracle", "input", "tokens", "max abs", "rel. RMS", "tolerance", "top-1", "loss", "its loss", ""],

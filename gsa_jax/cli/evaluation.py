@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from gsa_jax.cli.base import TextCommand, describe, print_table, progress
+from gsa_jax.cli.base import TextCommand, print_table, progress
 from gsa_jax.errors import InputError
+from gsa_jax.splat_config import describe
 
 if TYPE_CHECKING:
-    from gsa_jax.evaluation.intervals import Estimate
     from gsa_jax.evaluation.passkey import Passkey
     from gsa_jax.evaluation.perplexity import Evaluation
 
@@ -104,9 +104,9 @@ def _print_evaluation(evaluation: Evaluation) -> None:
             [
                 arm.name,
                 f"{arm.cross_entropy.value:.4f}",
-                _show(arm.perplexity, 3),
+                arm.perplexity.shown(3),
                 f"{arm.bits_per_byte.value:.4f}",
-                _show(arm.perplexity_ratio, 4),
+                arm.perplexity_ratio.shown(4),
             ]
             for arm in evaluation.arms
         ],
@@ -142,7 +142,7 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     }
     for arm, (share, what) in gaps.items():
         if share is not None:
-            print(f"share of the gap from {arm} to exact that {what}: {_show(share, 3)}")
+            print(f"share of the gap from {arm} to exact that {what}: {share.shown(3)}")
         elif arm in names:
             print(f"{arm} is no worse than exact: there is no gap to close")
 
@@ -155,9 +155,9 @@ def _print_passkey(passkey: Passkey) -> None:
             [
                 f"{row.length:,} ({row.multiple}x)",
                 arm.name,
-                _show(arm.chosen, 3),
-                _show(arm.said, 3),
-                _show(arm.margin, 3),
+                arm.chosen.shown(3),
+                arm.said.shown(3),
+                arm.margin.shown(3),
             ]
             for row in passkey.rows
             for arm in row.arms
@@ -166,11 +166,3 @@ def _print_passkey(passkey: Passkey) -> None:
     for note in passkey.notes:
         print(note)
     print(f"{passkey.items} items of each length; by chance {1 / passkey.candidates:.3f} of them are chosen rightly")
-
-
-def _show(estimate: Estimate, digits: int) -> str:
-    shown = f"{estimate.value:z.{digits}f}"
-    if estimate.interval is None:
-        return shown
-    low, high = estimate.interval
-    return f"{shown} [{low:z.{digits}f}, {high:z.{digits}f}]"

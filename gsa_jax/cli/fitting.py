@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from gsa_jax.cli.base import SplatCommand, TextCommand, describe, print_table, progress, status
+from gsa_jax.cli.base import SplatCommand, TextCommand, print_table, progress, status
 from gsa_jax.errors import InputError
+from gsa_jax.splat_config import describe
 
 if TYPE_CHECKING:
-    from gsa_jax.config import SplatConfig
+    from gsa_jax.splat_config import SplatConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from gsa_jax.checkpoint import load_tensors, open_tokenizer
-from gsa_jax.config import GPTNeoConfig, Window
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.parameters import PositionExtension, attention_tensor, expected_shapes, extend_positions
+from gsa_jax.splat_config import Window
 
 if TYPE_CHECKING:
     from gsa_jax.tokenizer import Tokenizer

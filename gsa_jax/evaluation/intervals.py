@@ -31,6 +31,14 @@ class Estimate:
     value: float
     interval: tuple[float, float] | None
 
+    def shown(self, digits: int) -> str:
+        """Both, with so many digits behind the point."""
+        shown = f"{self.value:z.{digits}f}"
+        if self.interval is None:
+            return shown
+        low, high = self.interval
+        return f"{shown} [{low:z.{digits}f}, {high:z.{digits}f}]"
+
 
 @dataclasses.dataclass(frozen=True)
 class Sums:

@@ -23,12 +23,13 @@ import scipy.stats
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.config import GPTNeoConfig, SplatConfig, Window
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.evaluation.arms import Arm, left_out, load_arms, rows_at_once
 from gsa_jax.evaluation.intervals import Estimate
 from gsa_jax.parameters import PositionExtension, build_model
 from gsa_jax.progress import Progress
+from gsa_jax.splat_config import SplatConfig, Window
 from gsa_jax.text import document_tokens, read_documents
 from gsa_jax.text_files import Text
 

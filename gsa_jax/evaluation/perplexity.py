@@ -18,7 +18,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.attention import state_bytes
-from gsa_jax.config import SplatConfig, Window
 from gsa_jax.errors import InputError
 from gsa_jax.evaluation.arms import Arm, left_out, load_arms, rows_at_once
 from gsa_jax.evaluation.intervals import Estimate, bucket_firsts, estimates, sum_by_document
@@ -26,6 +25,7 @@ from gsa_jax.loss import Head, blockwise_next_token_losses
 from gsa_jax.parameters import PositionExtension, build_model
 from gsa_jax.progress import Progress
 from gsa_jax.sharding import whole_on_host
+from gsa_jax.splat_config import SplatConfig, Window
 from gsa_jax.text import TextRows, read_documents, text_rows
 from gsa_jax.text_files import Text
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from gsa_jax.attention import state_bytes
 from gsa_jax.checkpoint import load_tensors
-from gsa_jax.config import GPTNeoConfig, LayerSplats, SplatConfig, require_seed
+from gsa_jax.config import GPTNeoConfig, require_seed
 from gsa_jax.errors import InputError
 from gsa_jax.evaluation.perplexity import cross_entropy
 from gsa_jax.fitting.placing import fit_layer, fit_layers
@@ -40,6 +40,7 @@ from gsa_jax.fitting.statistics import (
 from gsa_jax.ops import Splats
 from gsa_jax.parameters import attention_tensor, build_model, expected_shapes, without_splats
 from gsa_jax.progress import Progress
+from gsa_jax.splat_config import LayerSplats, SplatConfig
 from gsa_jax.text import TextRows
 from gsa_jax.text_files import Text
 

@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.attention import GSASelfAttention
 from gsa_jax.checkpoint import load_tensors, open_tokenizer
-from gsa_jax.config import LayerSplats, SplatConfig, Window
 from gsa_jax.errors import InputError
 from gsa_jax.fitting.statistics import (
     calibration_tokens,
@@ -39,6 +38,7 @@ from gsa_jax.ops import Splats
 from gsa_jax.ops.kept import importance
 from gsa_jax.ops.reference import most_important
 from gsa_jax.parameters import build_model, named_parameters, without_splats
+from gsa_jax.splat_config import LayerSplats, SplatConfig, Window
 from gsa_jax.text_files import Text
 
 _SEED = 0

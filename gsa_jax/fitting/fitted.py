@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool
 
 from gsa_jax.attention import GSASelfAttention
-from gsa_jax.checkpoint import REPORT_FILE, load_tensors, save, tokenizer_files
-from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig, SplatConfig, require_seed
+from gsa_jax.checkpoint import load_tensors, save, travelling_files
+from gsa_jax.config import GPTNeoConfig, require_seed
 from gsa_jax.errors import InputError
 from gsa_jax.files import refuse_existing
 from gsa_jax.fitting.importance import HeadImportance
@@ -23,6 +23,7 @@ from gsa_jax.fitting.statistics import calibration_tokens, projections
 from gsa_jax.ops import no_splats
 from gsa_jax.parameters import attention_tensor, build_model, expected_shapes, is_splat, without_splats
 from gsa_jax.progress import Progress
+from gsa_jax.splat_config import SPLAT_PRESETS, SplatConfig
 from gsa_jax.text_files import Text, TextFiles, as_text_files
 
 FIT_REPORT_FILE = "fit_init.json"
@@ -186,7 +187,6 @@ def _saved(
     assert config.splats is not None
     fitted = {name: fitted[name] for name in expected_shapes(config) if is_splat(name)}
     report = FitReport(text.name, int(mask.sum()), seed, config.splats, tuple(heads), tuple(importances))
-    conversion = [folder / REPORT_FILE] if (folder / REPORT_FILE).is_file() else []
     reports = {FIT_REPORT_FILE: dataclasses.asdict(report)}
-    save(out, config, weights | fitted, copied=[*tokenizer_files(folder), *conversion], reports=reports)
+    save(out, config, weights | fitted, copied=travelling_files(folder), reports=reports)
     return report

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from gsa_jax.config import Window
 from gsa_jax.fitting.statistics import AttentionRows, exact_log_weights, far_keys, splat_log_weights
 from gsa_jax.ops import Splats
+from gsa_jax.splat_config import Window
 
 _RIDGE = 1e-3
 """Penalty on the weights of standardised features, in units of the number of keys."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.config import GPTNeoConfig, LayerSplats, SplatConfig, Window
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.fitting.importance import HeadImportance, fit_importance
 from gsa_jax.fitting.kmeans import kmeans
@@ -34,6 +34,7 @@ from gsa_jax.fitting.statistics import (
 )
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.ops import Splats, no_splats
+from gsa_jax.splat_config import LayerSplats, SplatConfig, Window
 
 ENTROPY_BAND = (0.2, 0.9)
 """Range that the entropy to fit is moved into, where 1 is equal weights. Outside of it, the attention of a head hardly

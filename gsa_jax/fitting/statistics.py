@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.checkpoint import open_tokenizer
-from gsa_jax.config import GPTNeoConfig, Window
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.ops import Splats, no_splats
@@ -28,6 +28,7 @@ from gsa_jax.ops.kept import importance
 from gsa_jax.ops.reference import most_important
 from gsa_jax.ops.segments import positions_from_mask
 from gsa_jax.ops.state import key_features, query_features
+from gsa_jax.splat_config import Window
 from gsa_jax.text import iterate_documents, text_rows
 from gsa_jax.text_files import Text
 

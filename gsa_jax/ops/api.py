@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from gsa_jax.config import AttentionImplementation, Window
+from gsa_jax.config import AttentionImplementation
 from gsa_jax.errors import InputError
 from gsa_jax.ops.chunked import chunked
 from gsa_jax.ops.flash import exact_attention
@@ -35,6 +35,7 @@ from gsa_jax.ops.state import (
     roll_window,
     without_paddings,
 )
+from gsa_jax.splat_config import Window
 
 Implementation = Literal["reference", "chunked", "recurrent"]
 

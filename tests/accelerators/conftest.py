@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gsa_jax.config import SPLAT_PRESETS
 from gsa_jax.convert import convert
+from gsa_jax.splat_config import SPLAT_PRESETS
 
 
 @pytest.fixture(scope="package")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gsa_jax.config import SPLAT_PRESETS
+from gsa_jax.splat_config import SPLAT_PRESETS
 from gsa_jax.topology import parse_topology
 from gsa_jax.train.config import MODELS, MeshConfig, Pretrain
 from gsa_jax.train.recipes import memory_of_step

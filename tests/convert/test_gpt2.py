@@ -106,7 +106,7 @@ def test_bfloat16_stays_near_pytorch(standard_promotion: None, tmp_path: Path, n
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_powers_of_two_give_the_bits_of_scaled_weights(tmp_path: Path, dtype: str) -> None:
+def test_powers_of_two_give_the_bits_of_scaled_weights(standard_promotion: None, tmp_path: Path, dtype: str) -> None:
     """Heads of 64: whether the scale is in the projections or behind them is no matter."""
     model = ours(hf_gpt2(**MODELS["heads of 64"]), tmp_path)
     scaled, (of_queries, of_keys) = named_parameters(model), model.config.score_scales(0)

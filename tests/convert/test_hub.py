@@ -1,7 +1,6 @@
 """Models of a hub: the real client against a hub on this machine. What is needed is downloaded, and nothing else."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from gsa_jax.checkpoint import load_tensors
 from helpers.bits import assert_same_tensors
 from helpers.hf_folders import tiny_config, tiny_tensors, write_bin_folder, write_folder, write_sharded_folder
-from helpers.hub_server import Hub, hub_server
+from helpers.hub_server import Hub, environment, hub_server
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
@@ -88,11 +87,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory, story_neo: Path) -> Iterator[H
         served.gated.add("owner/gated")
         served.private.add("owner/private")
         yield served
-
-
-def environment(hub: Hub, cache: Path, **more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **more}
 
 
 def opened(env: dict[str, str], sources: dict[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,11 @@ import pytest
 from gsa_jax.attention import state_bytes
 from gsa_jax.checkpoint import load_tensors
 from gsa_jax.cli.fitting import parse_bytes
-from gsa_jax.config import SPLAT_PRESETS, LayerSplats
 from gsa_jax.convert import convert
 from gsa_jax.errors import InputError
 from gsa_jax.fitting import budget as module
 from gsa_jax.fitting.budget import cheapest, spend, with_choice
+from gsa_jax.splat_config import SPLAT_PRESETS, LayerSplats
 from helpers.texts import STORIES
 
 TERMS = SPLAT_PRESETS["hybrid"]

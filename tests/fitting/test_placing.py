@@ -13,7 +13,6 @@ import pytest
 from scipy.cluster.vq import kmeans2
 
 from gsa_jax.checkpoint import TOKENIZER_FILES, load, load_tensors, save, tokenizer_files
-from gsa_jax.config import SplatConfig
 from gsa_jax.convert import convert
 from gsa_jax.errors import InputError
 from gsa_jax.fitting.fitted import FIT_REPORT_FILE, FitReport, fit_importance_anew, fit_init
@@ -21,6 +20,7 @@ from gsa_jax.fitting.kmeans import _lloyd_step, kmeans
 from gsa_jax.fitting.placing import ENTROPY_BAND
 from gsa_jax.fitting.statistics import RowSample, attended_midpoints, calibration_tokens, projections, sample_rows
 from gsa_jax.parameters import attention_tensor, build_model, without_splats
+from gsa_jax.splat_config import SplatConfig
 from helpers.attention_oracle import head_splats, head_statistics, hf_queries_and_keys
 from helpers.bits import assert_same_tensors
 from helpers.texts import STORIES

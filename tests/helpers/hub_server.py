@@ -1,17 +1,22 @@
-"""A hub on this machine: a server that speaks as much of its HTTP interface as downloads of models use.
+"""A hub on this machine: a server that speaks as much of its HTTP interface as downloads and uploads of models use.
 
 May be changed here: what the server knows of that interface.
 """
 
+import base64
 import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+OWNER = "owner"
+"""Who has the token; owns repositories that are named without an owner."""
 
 
 @dataclasses.dataclass
@@ -23,9 +28,11 @@ class Hub:
         private: repositories that are hidden from those who do not give it.
         gated: repositories whose files are not given to anyone.
         fetched: repository and path of each file that was downloaded.
+        uploads: folder in which repositories are made by those who give the token; None if that is not possible.
     """
 
     url: str
+    uploads: Path | None = None
     repositories: dict[str, dict[str, Path]] = dataclasses.field(default_factory=dict)
     token: str = "hf_token_of_the_tests"
     private: set[str] = dataclasses.field(default_factory=set)
@@ -34,6 +41,12 @@ class Hub:
 
     def fetched_from(self, repository: str) -> list[str]:
         return sorted(path for name, path in self.fetched if name == repository)
+
+
+def environment(hub: Hub, cache: Path, **more: str) -> dict[str, str]:
+    """Of a process whose hub this is; the client reads it when it is imported."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **more}
 
 
 def commit(folder: Path) -> str:
@@ -55,7 +68,7 @@ def hub_server() -> Iterator[Hub]:
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(body)
 
         def refuse(self, status: int, code: str) -> None:
@@ -115,6 +128,48 @@ def hub_server() -> Iterator[Hub]:
             self.answer(200, body, ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=commit(folder))
 
         do_HEAD = do_GET
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+            if parts == ["api", "validate-yaml"]:  # of a model card
+                self.answer_json({"errors": [], "warnings": []})
+            elif hub.uploads is None or self.headers.get("Authorization") != f"Bearer {hub.token}":
+                self.answer(401, b'{"error": "Invalid username or password."}')
+            elif parts == ["api", "repos", "create"]:
+                self.create(json.loads(body))
+            elif parts[4] == "preupload":  # which asks how each file is to come; here: in the commit itself
+                paths = [file["path"] for file in json.loads(body)["files"]]
+                files = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
+                self.answer_json({"files": files})
+            elif parts[4] == "commit":
+                name = "/".join(parts[2:4])
+                for line in body.splitlines():
+                    self.change(hub.repositories[name]["main"], **json.loads(line))
+                self.answer_json({"commitUrl": f"{hub.url}/{name}/commit/1", "commitOid": "1"})
+
+        def create(self, wanted: dict[str, str | bool]) -> None:
+            assert hub.uploads is not None
+            name = f"{wanted.get('organization') or OWNER}/{wanted['name']}"
+            if name in hub.repositories:
+                self.answer(409, json.dumps({"error": "exists", "url": f"{hub.url}/{name}"}).encode())
+                return
+            hub.repositories[name] = {"main": hub.uploads / name}
+            (hub.uploads / name).mkdir(parents=True)
+            if wanted.get("private"):
+                hub.private.add(name)
+            self.answer_json({"url": f"{hub.url}/{name}"})
+
+        def change(self, folder: Path, key: str, value: dict[str, str]) -> None:
+            """A line of a commit."""
+            if key == "file":
+                (folder / value["path"]).parent.mkdir(parents=True, exist_ok=True)
+                (folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
+            elif key == "deletedFile":
+                (folder / value["path"]).unlink()
+
+        def answer_json(self, value: object) -> None:
+            self.answer(200, json.dumps(value).encode(), Content_Type="application/json")
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub = Hub(f"http://127.0.0.1:{server.server_address[1]}")

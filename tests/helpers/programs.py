@@ -13,10 +13,11 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from gsa_jax import generation
-from gsa_jax.config import SPLAT_PRESETS, GPTNeoConfig
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.ops import Splats, splat_attention
 from gsa_jax.sampling import Greedy
+from gsa_jax.splat_config import SPLAT_PRESETS
 from gsa_jax.topology import Compiled, compile_for, parse_topology
 from gsa_jax.train.compiled import lower_step
 from gsa_jax.train.config import MODELS, Pretrain, TrainConfig

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gsa_jax.config import GPTNeoConfig, SplatConfig
+from gsa_jax.config import GPTNeoConfig
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.parameters import build_model, expected_shapes, named_parameters
+from gsa_jax.splat_config import SplatConfig
 
 VOCAB = 97
 
