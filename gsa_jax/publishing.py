@@ -137,8 +137,9 @@ def _what_it_is(config: GPTNeoConfig, base_model: str | None) -> str:
     sizes = {name: math.prod(shape) for name, shape in expected_shapes(config).items()}
     origin = "" if base_model is None else f", converted from `{base_model}`"
     what = (
-        f"A {DONORS[config.donor].title} for gsa-jax (JAX/Flax){origin}: {config.num_layers} layers, hidden size {config.hidden_size}, "
-        f"{config.num_heads} heads, {config.vocab_size:,} tokens, {config.max_position_embeddings:,} positions, "
+        f"A {DONORS[config.donor].title} for gsa-jax (JAX/Flax){origin}: {config.num_layers} layers, "
+        f"hidden size {config.hidden_size}, {config.num_heads} heads, {config.vocab_size:,} tokens, "
+        f"{config.max_position_embeddings:,} positions, "
         f"{sum(sizes.values()):,} parameters."
     )
     if config.splats is None:
