@@ -219,7 +219,7 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
     yield f"PyTorch (transformers {transformers.__version__}){what}{names}", run_torch
     if through_splats or int(transformers.__version__.split(".")[0]) >= 5:
         return  # Flax models are gone from there, and know no splats
-    usual = DONORS[donor].defaults | DONORS[donor].fixed
+    usual = {**DONORS[donor].defaults, **DONORS[donor].fixed}
     if any(getattr(source.config, name) != usual.get(name, False) for name in _NOT_READ_BY_FLAX):
         return
     # Imported by name, because a type checker may look at transformers 5.
