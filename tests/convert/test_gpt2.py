@@ -46,9 +46,20 @@ MODELS: dict[str, dict[str, Any]] = {
     "large epsilon": {"layer_norm_epsilon": 0.1},
 }
 
-SLOW_MODELS = ("scaled by layer alone", "upcast", "relu", "exact gelu", "silu", "large epsilon", "narrow mlp")
+SLOW = pytest.mark.slow
+SLOW_MODELS = (
+    "heads of 64",
+    "unscaled",
+    "scaled by layer alone",
+    "upcast",
+    "relu",
+    "exact gelu",
+    "silu",
+    "large epsilon",
+    "narrow mlp",
+)
 
-GRID = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_MODELS else name for name in MODELS]
+GRID = [pytest.param(name, marks=SLOW) if name in SLOW_MODELS else name for name in MODELS]
 
 
 def ours(theirs: GPT2LMHeadModel, folder: Path, **options: Any) -> GPTNeoForCausalLM:
@@ -88,7 +99,7 @@ def test_logits_equal_flax(standard_promotion: None, tmp_path: Path, name: str) 
     assert relative_rms(got[mask], np.asarray(expected)[mask]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["heads of 64", "heads of 80"])
+@pytest.mark.parametrize("name", ["heads of 80", pytest.param("heads of 64", marks=SLOW)])
 def test_as_close_to_float64_as_pytorch_is(tmp_path: Path, name: str) -> None:
     theirs, ids = hf_gpt2(**MODELS[name]), random_ids(2, 2, 40)
     got, their_own = ours(theirs, tmp_path)(ids), torch_logits(theirs, ids)
@@ -96,7 +107,7 @@ def test_as_close_to_float64_as_pytorch_is(tmp_path: Path, name: str) -> None:
     assert relative_rms(got, exact) < max(2 * relative_rms(their_own, exact), 1e-6)
 
 
-@pytest.mark.parametrize("name", ["heads of 64", "heads of 80", "heads of 48"])
+@pytest.mark.parametrize("name", ["heads of 80", *(pytest.param(f"heads of {n}", marks=SLOW) for n in (64, 48))])
 def test_bfloat16_stays_near_pytorch(standard_promotion: None, tmp_path: Path, name: str) -> None:
     theirs, ids = hf_gpt2(**MODELS[name]), random_ids(3, 2, 40)
     expected = torch_logits(theirs, ids)
@@ -105,7 +116,7 @@ def test_bfloat16_stays_near_pytorch(standard_promotion: None, tmp_path: Path, n
     assert relative_rms(logits, expected) < 1.5 * their_error
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=SLOW)])
 def test_powers_of_two_give_the_bits_of_scaled_weights(standard_promotion: None, tmp_path: Path, dtype: str) -> None:
     """Heads of 64: whether the scale is in the projections or behind them is no matter."""
     model = ours(hf_gpt2(**MODELS["heads of 64"]), tmp_path)
@@ -145,7 +156,7 @@ def test_cache_equals_no_cache(tmp_path: Path) -> None:
         logits, cache = extend(params, ids[:, step : step + 1], np.ones((2, 1), bool), cache)
 
 
-@pytest.mark.parametrize("name", ["heads of 64", "heads of 80", "heads of 48"])
+@pytest.mark.parametrize("name", ["heads of 48", *(pytest.param(f"heads of {n}", marks=SLOW) for n in (64, 80))])
 def test_greedy_equals_hugging_face(tmp_path: Path, name: str) -> None:
     """A batch of different lengths, token for token."""
     theirs = hf_gpt2(**MODELS[name])
@@ -167,7 +178,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, *(pytest.param(x, marks=SLOW) for x in (torch.float32, torch.float16))], ids=str
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_there_and_back_every_tensor_is_the_same(tmp_path: Path, form: str, dtype: torch.dtype) -> None:
     theirs = hf_gpt2()
@@ -305,7 +318,7 @@ def test_the_configuration_survives(tmp_path: Path) -> None:
     assert "attention_types" not in written and "window_size" not in written and "num_heads" not in written
 
 
-@pytest.mark.parametrize("name", ["heads of 64", "unscaled"])
+@pytest.mark.parametrize("name", ["heads of 64", pytest.param("unscaled", marks=SLOW)])
 def test_verify_agrees_and_notices(standard_promotion: None, tmp_path: Path, name: str) -> None:
     """Hugging Face's Flax is asked where it computes what the configuration says."""
     source = write_gpt2(tmp_path / "source", hf_gpt2(**MODELS[name]))
@@ -319,6 +332,7 @@ def test_verify_agrees_and_notices(standard_promotion: None, tmp_path: Path, nam
     assert not any(comparison.agrees for comparison in verify(other, tmp_path / "checkpoint"))
 
 
+@pytest.mark.slow
 def test_verify_reads_what_transformers_does_not(standard_promotion: None, tmp_path: Path) -> None:
     theirs = hf_gpt2()
     wrapped = {f"module.{name}": tensor for name, tensor in tensors_of(theirs).items()}

@@ -47,6 +47,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "heads of 64": {"n_embd": 128, "n_head": 2},
     "heads of 48, scaled by layer": {"n_embd": 96, "n_head": 2, "scale_attn_by_inverse_layer_idx": True},
 }
+FAST = ("hybrid", "heads of 48, scaled by layer")
+GRID = [
+    pytest.param(mode, shape, marks=() if (mode, shape) == FAST else pytest.mark.slow)
+    for mode in MODES
+    for shape in SHAPES
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,8 +77,7 @@ def with_splats(theirs: Any, folder: Path, splats: SplatConfig) -> GPTNeoForCaus
     return build_model(config, tensors | drawn)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "shape"), GRID)
 def test_pytorch_computes_the_same(tmp_path: Path, mode: str, shape: str) -> None:
     model = with_splats(hf_gpt2(**SHAPES[shape]), tmp_path, MODES[mode])
     ids, mask = random_ids(1, 2, 30), np.ones((2, 30), bool)
@@ -140,6 +145,7 @@ def test_from_the_command_line_to_pytorch_and_back(
     assert_same_tensors(tensors, own_tensors)
 
 
+@pytest.mark.slow
 def test_splats_travel_without_their_model(tmp_path: Path) -> None:
     model = with_splats(hf_gpt2(), tmp_path, MODES["hybrid"])
     save(tmp_path / "splats", model.config, named_parameters(model), copied=[])
