@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from gsa_jax.checkpoint import CARRIED_FILE, CONFIG_FILE, REPORT_FILE, copy_files, load_tensors, tokenizer_files
+from gsa_jax.checkpoint import CONFIG_FILE, REPORT_FILE, copy_files, load_tensors, tokenizer_files
 from gsa_jax.config import carried_fields, read_config_values
 from gsa_jax.convert import pytorch
 from gsa_jax.convert.donors import LAYOUTS
@@ -81,7 +81,7 @@ def export(checkpoint: str | Path, out: str | Path, *, exact: bool = False, spla
         contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in exported.items()}
         save_file(contiguous, staging / "model.safetensors", metadata={"format": "pt"})
         (staging / "model.safetensors").chmod(0o644)  # the writer makes it private
-        copy_files([*(file for file in tokenizer_files(checkpoint) if file.name != CARRIED_FILE), *code], staging)
+        copy_files([*tokenizer_files(checkpoint), *code], staging)
         (staging / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return ExportReport(len(exported), total, dialect, "model with splats" if through_splats else "exact model")
 

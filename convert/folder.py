@@ -13,20 +13,18 @@ from typing import Any
 from gsa_jax.checkpoint import CONFIG_FILE, WEIGHTS_FOLDER
 from gsa_jax.config import GPTNeoConfig, read_config
 from gsa_jax.errors import InputError, listed
+from gsa_jax.stand_ins import stand_in
 
 _WEIGHT_STEMS = ("model.safetensors", "pytorch_model.bin")
 """Names of weight files, in the order in which they are looked for; with `.index.json`, of lists of shards."""
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
-_IMPOSTORS = (
-    (b"version https://git-lfs", "a git-lfs pointer in place of the file; fetch it first: git lfs pull"),
-    (b"<!doctype", "an HTML page in place of the file; download it again"),
-    (b"<html", "an HTML page in place of the file; download it again"),
-)
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".ot", ".gguf", ".onnx")
+"""How files end that are not read, and are named where there are no weights that are."""
 
-_OTHER_WEIGHTS = ("flax_model.msgpack", "tf_model.h5", "rust_model.ot", "pytorch_model.pt", "consolidated.pth")
-"""Weights that are not read, and are named where there are no others."""
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
+"""How those of them begin that trainers leave beside the weights."""
 
 
 def check_config(folder: Path) -> GPTNeoConfig:
@@ -37,20 +35,19 @@ def check_config(folder: Path) -> GPTNeoConfig:
     """
     refuse_adapter(folder, {name for name in _ADAPTER_FILES if (folder / name).exists()})
     if (folder / CONFIG_FILE).is_file():
-        refuse_impostor(folder / CONFIG_FILE)
+        refuse_stand_in(folder / CONFIG_FILE)
     return read_config(folder / CONFIG_FILE)
 
 
-def refuse_impostor(file: Path) -> None:
+def refuse_stand_in(file: Path) -> None:
     """Raises `InputError` if a file cannot be read, or is what stands in for files that were not fetched."""
     try:
         with file.open("rb") as stream:
             head = stream.read(64)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from None
-    for beginning, what in _IMPOSTORS:
-        if head.lstrip().lower().startswith(beginning):
-            raise InputError(f"{file}: {what}")
+    if (phrase := stand_in(head)) is not None:
+        raise InputError(f"{file}: {phrase}")
 
 
 def refuse_adapter(where: object, names: Collection[str]) -> None:
@@ -69,12 +66,10 @@ def holds_checkpoint(names: Collection[str]) -> bool:
     return WEIGHTS_FOLDER in names and not formats & set(names)
 
 
-def refuse_checkpoint(where: object, names: Collection[str]) -> None:
+def refuse_checkpoint(where: object, names: Collection[str], remedy: str = "use it as it is") -> None:
     """Raises `InputError` if a folder or repository is a checkpoint of this package, which nothing is to be made of."""
     if holds_checkpoint(names):
-        raise InputError(
-            f"{where}: is a gsa-jax checkpoint already; use it as it is (from a hub: gsa_jax.from_pretrained)"
-        )
+        raise InputError(f"{where}: is a gsa-jax checkpoint already; {remedy}")
 
 
 def weight_file(where: object, names: Collection[str]) -> str:
@@ -87,8 +82,17 @@ def weight_file(where: object, names: Collection[str]) -> str:
         for name in (stem, f"{stem}.index.json"):
             if name in names:
                 return name
-    others = [name for name in _OTHER_WEIGHTS if name in names]
-    found = f", only {', '.join(others)}" if others else ""
+    if "zero_to_fp32.py" in names:
+        raise InputError(
+            f"{where}: holds parts that DeepSpeed saved; make them one first, there: python zero_to_fp32.py . "
+            "pytorch_model.bin"
+        )
+    others = [name for name in sorted(names) if name.endswith(_OTHER_WEIGHTS) and not name.startswith(_NO_WEIGHTS)]
+    found = (
+        f", only {listed(others)}; a state dict of torch.save is read if it is named pytorch_model.bin"
+        if others
+        else ""
+    )
     raise InputError(
         f"{where}: no weights in it (model.safetensors or pytorch_model.bin, whole or with an index){found}"
     )
@@ -103,7 +107,7 @@ def weight_files(folder: Path) -> list[Path]:
     file = folder / weight_file(folder, {path.name for path in folder.iterdir() if path.is_file()})
     if file.suffix != ".json":
         return [file]
-    refuse_impostor(file)
+    refuse_stand_in(file)
     return [*_shards(file), file]
 
 

@@ -10,7 +10,7 @@ import glob
 from pathlib import Path
 from typing import NamedTuple
 
-from gsa_jax.checkpoint import CARRIED_FILE, CONFIG_FILE, REPORT_FILE, TOKENIZER_FILES, WEIGHTS_FOLDER, is_hub_id
+from gsa_jax.checkpoint import CONFIG_FILE, OWN_FILES, TOKENIZER_FILES, WEIGHTS_FOLDER, is_hub_id
 from gsa_jax.convert.folder import (
     check_config,
     holds_checkpoint,
@@ -96,8 +96,9 @@ class _Repository:
         if checkpoints and holds_checkpoint(top):
             weights = [name for name in files if name.startswith(f"{WEIGHTS_FOLDER}/")]
             check_config(self._fetch([CONFIG_FILE]))
-            return self._fetch([CONFIG_FILE, *({REPORT_FILE} & files), *others, *weights])
-        refuse_checkpoint(self._label, top)
+            return self._fetch([CONFIG_FILE, *(files & set(OWN_FILES)), *others, *weights])
+        remedy = f"fetch it for the commands: hf download {self._name} --local-dir OUT; or gsa_jax.from_pretrained"
+        refuse_checkpoint(self._label, top, remedy)
         chosen = weight_file(self._label, files)
         check_config(self._fetch([CONFIG_FILE]))
         weights = [chosen]
@@ -106,7 +107,7 @@ class _Repository:
             missing = [name for name in weights if name not in files]
             if missing:
                 raise InputError(f"{self._label}: {chosen} lists shards that are not there: {', '.join(missing[:5])}")
-        return self._fetch([CONFIG_FILE, *(name for name in others if name != CARRIED_FILE), *weights])
+        return self._fetch([CONFIG_FILE, *others, *weights])
 
     def _fetch(self, names: list[str]) -> Path:
         """The folder of the model in the cache, with these files in it."""

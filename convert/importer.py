@@ -26,12 +26,13 @@ from gsa_jax.checkpoint import (
     tokenizer_files,
 )
 from gsa_jax.config import DTYPES, GPTNeoConfig, carried_fields, read_config_values
-from gsa_jax.convert.folder import refuse_impostor
+from gsa_jax.convert.folder import refuse_stand_in
 from gsa_jax.convert.names import Plan, plan
 from gsa_jax.convert.reader import Source, SourceTensor, open_source
 from gsa_jax.convert.splat_folder import read_splats
 from gsa_jax.errors import InputError, listed
 from gsa_jax.files import refuse_existing, refuse_full_disk
+from gsa_jax.generation_config import GENERATION_CONFIG_FILE
 from gsa_jax.parameters import TOKEN_EMBEDDING, attention_tensor, is_splat
 from gsa_jax.progress import Progress
 from gsa_jax.sharding import require_backend
@@ -262,7 +263,7 @@ def _check_tied(embedding: SourceTensor, head: SourceTensor, array: np.ndarray, 
 
 def _copied_files(folder: Path, tokenizer: Path | None, config: GPTNeoConfig) -> list[Path]:
     """The files that go with the weights, the tokenizer's own or from another folder."""
-    files = [file for file in tokenizer_files(folder) if file.name != CARRIED_FILE]
+    files = tokenizer_files(folder)
     if tokenizer is not None:
         if has_tokenizer(folder):
             raise InputError(f"{folder}: has a tokenizer; leave --tokenizer out")
@@ -272,11 +273,11 @@ def _copied_files(folder: Path, tokenizer: Path | None, config: GPTNeoConfig) ->
                 f"{tokenizer}: its tokenizer has {size} tokens, the model {config.vocab_size}; give its own"
             )
         own = {file.name for file in files}
-        not_its = {*own, CARRIED_FILE, "generation_config.json"}
+        not_its = {*own, GENERATION_CONFIG_FILE}
         files += [file for file in tokenizer_files(tokenizer) if file.name not in not_its]
     for file in files:
         if file.is_file():
-            refuse_impostor(file)
+            refuse_stand_in(file)
     return files
 
 

@@ -30,8 +30,9 @@ _WRAPPERS = (
 """Parts of names that DataParallel, trainers, PEFT, `torch.compile`, Fabric, FSDP and activation checkpointing put
 before a name or inside of it, where a module is wrapped."""
 
-_HEADS = ("score", "classifier", "qa_outputs", "multiple_choice_head")
-"""First parts of names of Hugging Face's heads for classification and for answering questions."""
+_HEADS = ("score", "classifier", "qa_outputs", "multiple_choice_head", "v_head")
+"""First parts of names of heads that stand in for the language model's, or beside it: of Hugging Face's for
+classification and for answering questions, and of TRL's for values."""
 
 _BASE_PREFIX = "transformer."
 LM_HEAD = "lm_head.weight"
@@ -136,9 +137,11 @@ def plan(config: GPTNeoConfig, model_type: str, shapes: Mapping[str, tuple[int, 
 
     found = {name: tuple(shapes[source]) for name, source in stored.items()}
     config = _with_splats(config, found)
-    problems = shape_problems(layout.shapes(expected_shapes(config)), found, labels=stored)
+    expected = layout.shapes(expected_shapes(config))
+    problems = shape_problems(expected, found, labels=stored)
     if problems:
-        raise InputError(f"{len(problems)} tensors do not fit the config.json: {listed(problems)}")
+        hint = "" if found.keys() & expected.keys() else f"; all of its names are others, such as {next(iter(shapes))}"
+        raise InputError(f"{len(problems)} tensors do not fit the config.json: {listed(problems)}{hint}")
     sources = {
         ours: dataclasses.replace(piece, tensor=source)
         for name, source in stored.items()
@@ -186,7 +189,7 @@ def _refuse_other_models(names: Mapping[str, str], shapes: Mapping[str, tuple[in
             )
         if name.removeprefix(_BASE_PREFIX).split(".")[0] in _HEADS:
             raise InputError(
-                f"{source} is the head of a classifier; save the language model without it instead: "
+                f"{source} is a head for another task, such as classification; save the language model without it: "
                 f"{DONORS[donor].architecture}.from_pretrained(SOURCE).save_pretrained(NEW)"
             )
     empty = [source for source in names.values() if 0 in shapes[source]]

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from gsa_jax.checkpoint import CONFIG_FILE
 from gsa_jax.config import GPTNeoConfig, read_config_values
-from gsa_jax.convert.folder import check_config, refuse_checkpoint, refuse_impostor, weight_files
+from gsa_jax.convert.folder import check_config, refuse_checkpoint, refuse_stand_in, weight_files
 from gsa_jax.convert.hub import FoundFolder, find_folder
 from gsa_jax.convert.torch_files import open_torch_file
 from gsa_jax.errors import InputError
@@ -98,7 +98,7 @@ def open_folder(found: FoundFolder) -> Source:
     for file in files:
         if file.suffix == ".json":
             continue
-        refuse_impostor(file)
+        refuse_stand_in(file)
         if file.stat().st_size == 0:
             raise InputError(f"{file}: the file is empty")
         opened = _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file, containers)

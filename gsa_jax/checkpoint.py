@@ -66,9 +66,11 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates",
     "generation_config.json",
-    CARRIED_FILE,
 )
 """Files, and a folder, that travel with the weights, unchanged, as far as the source has them."""
+
+OWN_FILES = (REPORT_FILE, CARRIED_FILE)
+"""Files of a checkpoint that go along to one that is made of it, and that no Hugging Face folder has."""
 
 
 def save(
@@ -115,9 +117,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def travelling_files(folder: Path) -> list[Path]:
-    """The files that go from a checkpoint to one that is made of it: those of its tokenizer, and where it came from."""
-    report = folder / REPORT_FILE
-    return [*tokenizer_files(folder), *([report] if report.is_file() else [])]
+    """The files that go from a checkpoint to one that is made of it: those of its tokenizer, and `OWN_FILES`."""
+    return [*tokenizer_files(folder), *(folder / name for name in OWN_FILES if (folder / name).is_file())]
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -182,8 +183,11 @@ def load_tensors(folder: str | Path) -> tuple[GPTNeoConfig, dict[str, np.ndarray
     """
     folder = Path(folder)
     if not folder.is_dir():
-        remedy = f"; a model of the hub is converted first: gsa convert {folder} OUT" if is_hub_id(str(folder)) else ""
-        raise InputError(f"{folder}: no such checkpoint folder{remedy}")
+        remedy = (
+            f"; if it is on a hub, fetch it first: gsa convert {folder} OUT, or, if it is a checkpoint there, "
+            f"hf download {folder} --local-dir OUT"
+        )
+        raise InputError(f"{folder}: no such checkpoint folder{remedy if is_hub_id(str(folder)) else ''}")
     if not (folder / WEIGHTS_FOLDER).is_dir():
         remedy = f"; convert it first: gsa convert {folder} OUT" if (folder / CONFIG_FILE).exists() else ""
         raise InputError(f"{folder}: not a gsa-jax checkpoint (no {WEIGHTS_FOLDER}/ in it){remedy}")

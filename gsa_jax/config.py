@@ -278,7 +278,7 @@ class GPTNeoConfig:
         refuse_other_names(
             hf,
             {field: getattr(config, field) for field in own}
-            | {"intermediate_size": config.mlp_dim, "head_dim": config.head_dim},
+            | {"intermediate_size": config.mlp_dim, "hidden_size / num_heads": config.head_dim},
         )
         return config
 
@@ -334,7 +334,7 @@ def carried_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 def read_config_values(path: Path) -> dict[str, Any]:
     """All fields of a `config.json`; raises as `read_config` does."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows begin with a byte order mark
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a model folder needs a config.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -103,6 +103,8 @@ class GenerationConfig:
         for name, off in {"top_k": 0, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "repetition_penalty": 1}.items():
             if found.get(name) == off:
                 del found[name]
+        if not found.get("do_sample"):  # where files say so in their own way
+            found = {name: value for name, value in found.items() if name not in ("temperature", "top_p") or value != 0}
         eos = values.get("eos_token_id", config.eos_token_id)
         pad = _ids("pad_token_id", found.pop("pad_token_id", None), config)
         settings: dict[str, Any] = {name: value for name, value in found.items() if name in own} | {
@@ -139,7 +141,7 @@ def read_generation_config(folder: Path, config: GPTNeoConfig) -> GenerationConf
     file = folder / GENERATION_CONFIG_FILE
     remedy = "mend it, or remove it to do without"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return GenerationConfig.of_model(config)
     except ValueError as error:  # not JSON, or not UTF-8

@@ -106,7 +106,7 @@ _NAMES_ELSEWHERE = {
     "n_positions": "max_position_embeddings", "n_ctx": "max_position_embeddings", "n_inner": "intermediate_size",
     "ffn_dim": "intermediate_size", "hidden_act": "activation_function", "activation": "activation_function",
     "layer_norm_eps": "layer_norm_epsilon", "sliding_window": "window_size", "num_key_value_heads": "num_heads",
-    "head_dim": "head_dim",
+    "head_dim": "hidden_size / num_heads",
 }  # fmt: skip
 """Names of other models for what our fields are. A donor does not read them, so they must not say anything else."""
 
@@ -117,6 +117,10 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "embedding_multiplier": (1, 1.0), "residual_multiplier": (1, 1.0), "logits_scaling": (1, 1.0),
     "logit_scale": (1, 1.0), "attn_logit_softcapping": (), "final_logit_softcapping": (),
     "use_parallel_residual": (False,),
+    "parallel_attn": (False,), "multi_query": (False,), "alibi": (False,), "rope_theta": (), "rotary_dim": (),
+    "rotary_pct": (), "rotary_emb_base": (), "attention_scale": (1, 1.0), "attn_scale": (1, 1.0),
+    "softmax_scale": (1, 1.0), "query_pre_attn_scalar": (1, 1.0), "scale_embedding": (False,),
+    "use_rms_norm": (False,), "num_experts": (), "num_local_experts": (),
 }  # fmt: skip
 """Fields that change what a model computes, and the values, beside null, with which this is the model they describe."""
 

@@ -8,6 +8,7 @@ What the harness asks for is described in its `docs/model_guide.md`; its own bac
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gsa_jax.checkpoint import load, open_tokenizer
+from gsa_jax.completion import complete
 from gsa_jax.errors import InputError
-from gsa_jax.generation import generate_stream
 from gsa_jax.ops.linear import linear
 from gsa_jax.sampling import Greedy, Sampler, make_sampler
 from gsa_jax.splat_config import Window
@@ -37,9 +38,6 @@ _SHORTEST = 16
 
 _TOKENS_OF_LOGITS = 256
 """Tokens whose logits are in memory together."""
-
-_TOKENS_BETWEEN_LOOKS = 16
-"""Tokens that are generated before a text is searched for what ends it."""
 
 ScoredTokens = tuple[tuple[str, str] | None, list[int], list[int]]
 """What the harness hands over: text of context and continuation, and the tokens of both."""
@@ -200,25 +198,16 @@ class GaussianSplatLM(TemplateLM):
 
     def _continue(self, prompts: Sequence[list[int]], until: list[str], new_tokens: int, sampler: Sampler) -> list[str]:
         full = [prompts[place % len(prompts)] for place in range(self.batch_size)]  # one shape for the last batch too
-        steps = []
-        texts = [""] * len(prompts)
-        for step in generate_stream(
+        found = complete(
             self._model,
             full,
             max_new_tokens=new_tokens,
             sampler=sampler,
             eos_token_id=self.eot_token_id,
-            tokens_per_step=_TOKENS_BETWEEN_LOOKS,
-        ):
-            steps.append(step)
-            rows = np.concatenate(steps, axis=1)[: len(prompts)]
-            texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-            if all(
-                (row == self.eot_token_id).any() or any(map(text.__contains__, until))
-                for row, text in zip(rows, texts, strict=True)
-            ):
-                break
-        return [postprocess_generated_text(text, stop=until, think_end_token=None) for text in texts]
+            stop=[text for text in until if text],
+            tokenizer=self.tokenizer,
+        )
+        return [completion.text for completion in itertools.islice(found, len(prompts))]
 
     def _batches(self, numbers: list[int], lengths: list[int], quiet: bool) -> Iterator[list[int]]:
         """The numbers of requests that run together: such of similar length, the longest ones first."""

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from gsa_jax.checkpoint import (
-    CARRIED_FILE,
     TOKENIZER_FILES,
     load_tensors,
     load_tokenizer,
@@ -157,6 +156,6 @@ def save_pretrained(
     with tempfile.TemporaryDirectory() as written:
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
-            files = [file for file in files if file.name not in TOKENIZER_FILES or file.name == CARRIED_FILE]
+            files = [file for file in files if file.name not in TOKENIZER_FILES]
             files += tokenizer_files(Path(written))
         save(folder, model.config, named_parameters(model), copied=files, reports=reports)

@@ -73,8 +73,10 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> ModelCard:
 def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None) -> str:
     """Uploads a checkpoint folder, whole, with its `README.md` as the model card, or, without one, with `model_card`.
 
-    The repository is made if there is none; weights that were there before are replaced. `from_pretrained(repo_id)`
-    loads it. The login is that of `hf auth login`, or `HF_TOKEN`.
+    Everything in the folder becomes public with it, reports included; they and the card name sources and texts as
+    they were given to the commands, paths of this machine among them. The repository is made if there is none; weights
+    that were there before are replaced. `from_pretrained(repo_id)` loads it. The login is that of
+    `hf auth login`, or `HF_TOKEN`.
 
     Args:
         repo_id: `owner/name`, or a name of the user's own.
@@ -96,11 +98,12 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None
     api = HfApi()
     try:
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
-        options = {"repo_id": repository.repo_id, "commit_message": "Checkpoint of gsa-jax"}
-        api.upload_folder(folder_path=folder, delete_patterns=f"{WEIGHTS_FOLDER}/*", **options)
+        name, message = repository.repo_id, "Checkpoint of gsa-jax"
+        weights = f"{WEIGHTS_FOLDER}/*"
+        api.upload_folder(folder_path=folder, repo_id=name, delete_patterns=weights, commit_message=message)
         if not has_card:
-            card = str(model_card(folder, repository.repo_id)).encode()
-            api.upload_file(path_or_fileobj=card, path_in_repo=CARD_FILE, **options)
+            card = str(model_card(folder, name)).encode()
+            api.upload_file(path_or_fileobj=card, path_in_repo=CARD_FILE, repo_id=name, commit_message=message)
     except HFValidationError:
         raise InputError(f"{repo_id!r}: no name of a repository; give it as owner/name") from None
     except hub_errors() as error:
@@ -180,7 +183,7 @@ def _costs(folder: Path, config: GPTNeoConfig) -> Iterator[str]:
         if found["layers"] != list(config.splat_layers) or _numbers_of(splats) != _numbers_of(config.splats):
             raise InputError(f"{file}: is of a model with other splats; make it anew, or remove it")
         rows = [
-            [arm["name"], Estimate(**arm["perplexity"]).shown(3), Estimate(**arm["perplexity_ratio"]).shown(4)]
+            [arm["name"], _estimate(arm["perplexity"]).shown(3), _estimate(arm["perplexity_ratio"]).shown(4)]
             for arm in found["arms"]
         ]
         if splats is not None:
@@ -191,7 +194,7 @@ def _costs(folder: Path, config: GPTNeoConfig) -> Iterator[str]:
         if splats is not None:
             said += f" The layers with splats remember {found['state_bytes']:,} bytes of a text of any length."
         if found["gap_closed"] is not None:
-            closed = Estimate(**found["gap_closed"]).shown(3)
+            closed = _estimate(found["gap_closed"]).shown(3)
             said += f" Share of the gap from the window alone to exact attention that is closed: {closed}."
         yield said
     except InputError:
@@ -239,12 +242,17 @@ def _verification(folder: Path) -> Iterator[str]:
             for comparison in found["comparisons"]
         ]
         yield (
-            "Logits beside those of the source's own code, with exact attention; or through the splats, if the source is "
-            "an export with splats:"
+            "Logits beside those of the source's own code, with exact attention; through the splats if the source is "
+            "an export of them:"
         )
         yield _table(["oracle", "input", "tokens", "relative RMS", "tolerance", "top-1", "loss", "its loss", ""], rows)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: not a report of gsa verify ({error!r}); make it anew, or remove it") from None
+
+
+def _estimate(values: dict[str, Any]) -> Estimate:
+    interval = values["interval"]
+    return Estimate(values["value"], None if interval is None else (interval[0], interval[1]))
 
 
 def _missing(what: str, command: str, file: str) -> str:

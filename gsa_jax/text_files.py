@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from gsa_jax.errors import InputError, first_line
+from gsa_jax.stand_ins import stand_in
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 
@@ -25,6 +26,9 @@ _BLOCK = 2**16
 """Bytes of a plain file that are read at once."""
 
 _PARQUET_ROWS = 256
+
+_NOT_TEXT = (".json", ".csv", ".tsv", ".ndjson", ".arrow")
+"""Of files that hold documents among other things, which would be read as text."""
 
 _BETWEEN_WORDS = re.compile(r"(?<=\S)[ \n](?=\S)")
 """Where a document may be cut: before a single space or end of line, to which the next piece belongs."""
@@ -129,7 +133,10 @@ def _blocks(path: Path, field: str) -> Iterator[_Block]:
     with path.open("rb") as raw:
         zipped = path.suffix.lower() == ".gz"
         file = gzip.GzipFile(fileobj=raw) if zipped else raw
-        if (path.with_suffix("") if zipped else path).suffix.lower() == ".jsonl":
+        suffix = (path.with_suffix("") if zipped else path).suffix.lower()
+        if suffix in _NOT_TEXT:
+            raise InputError(f"{path}: {suffix} is not read; give .jsonl, with an object in each line, or plain text")
+        if suffix == ".jsonl":
             yield from _json_lines(path, file, raw, field)
         else:
             yield from _characters(path, file, raw)
@@ -141,6 +148,8 @@ def _characters(path: Path, file: io.BufferedIOBase, raw: BinaryIO) -> Iterator[
     ended = False
     while not ended:
         block = file.read(_BLOCK)
+        if not read and (phrase := stand_in(block, may_be_a_page=True)) is not None:
+            raise InputError(f"{path}: {phrase}")
         read += len(block)
         ended = not block
         try:

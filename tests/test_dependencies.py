@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 ORDER = [
     {"errors", "assets", "progress", "hlo"},
-    {"hf_fields", "splat_config"},
+    {"hf_fields", "splat_config", "stand_ins"},
     {"config", "topology"},
     {"ops", "generation_config", "tokenizer"},
     {"layers", "layer_scan"},

@@ -100,6 +100,11 @@ def test_a_file_without_prompts_is_refused(run_gsa, tmp_path, name, content, wor
     outcome.assert_refused(tmp_path / name, words)
 
 
+def test_a_closed_stdin_has_no_prompts(run_gsa, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    run_gsa("generate", tmp_path, "--prompt-file", "-").assert_refused("stdin: is closed")
+
+
 def test_requests_that_contradict_themselves(run_gsa, story_checkpoint):
     run_gsa("generate", story_checkpoint).assert_refused("no prompt given", "--prompt-file")
     run_gsa("generate", story_checkpoint, "--prompt", "a", "--stream", "--json").assert_refused("--stream", "--json")
@@ -147,6 +152,13 @@ def run_into_a_closed_pipe(*arguments: object) -> subprocess.CompletedProcess[by
 def test_a_closed_pipe_is_a_quiet_end():
     done = run_into_a_closed_pipe("--help")
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_full_disk_behind_stdout_is_one_line():
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-m", "gsa_jax.cli", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (2, b"gsa: the disk is full; what was printed is not all there\n")
 
 
 @pytest.mark.slow

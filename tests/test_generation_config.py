@@ -72,6 +72,11 @@ def test_a_token_that_the_model_cannot_say_ends_nothing(tmp_path: Path) -> None:
     assert (got.eos_token_id, got.pad_token_id) == ((3,), None)
 
 
+def test_a_temperature_of_zero_is_greedy(tmp_path: Path) -> None:
+    assert read(tmp_path, do_sample=False, temperature=0.0, top_p=0.0) == GenerationConfig.of_model(tiny_config())
+    assert read(tmp_path, temperature=0.7).temperature == 0.7
+
+
 def test_what_is_not_supported_is_named_if_it_asks_for_anything(tmp_path: Path) -> None:
     got = read(
         tmp_path, num_beams=4, length_penalty=1.0, bad_words_ids=[[3]], suppress_tokens=[], early_stopping=False,

@@ -1,11 +1,13 @@
 """Fields of a config.json: by every name that Hugging Face takes, and refused where it would be another model."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
 from gsa_jax import GPTNeoConfig, InputError
+from gsa_jax.config import read_config
 from gsa_jax.hf_fields import DONORS
 from gsa_jax.text import start_token
 from helpers.tiny_models import SETTINGS, tiny_config
@@ -73,6 +75,11 @@ def test_layers_may_be_named_one_by_one() -> None:
 )
 def test_fields_that_say_the_same_or_nothing_are_no_matter(harmless) -> None:
     assert read(**harmless) == tiny_config()
+
+
+def test_a_byte_order_mark_is_dropped(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SETTINGS | {"model_type": "gpt_neo"}), encoding="utf-8-sig")
+    assert read_config(tmp_path / "config.json") == tiny_config()
 
 
 def test_the_end_may_be_one_of_several_tokens_or_beyond_the_vocabulary() -> None:

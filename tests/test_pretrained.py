@@ -192,7 +192,8 @@ def test_bad_folders_are_one_line(tmp_path, run_gsa, splat_checkpoint):
     with pytest.raises(InputError, match="damaged exists already"):
         save_pretrained(from_pretrained(splat_checkpoint), damaged)
     outcome = run_gsa("convert", splat_checkpoint, tmp_path / "out")
-    outcome.assert_refused(splat_checkpoint, "is a gsa-jax checkpoint already")
+    outcome.assert_refused(splat_checkpoint, "is a gsa-jax checkpoint already; use it as it is")
+    run_gsa("generate", "owner/name", "--prompt", "a").assert_refused("gsa convert", "hf download owner/name")
 
 
 @pytest.fixture(scope="module")

@@ -141,8 +141,8 @@ def test_what_was_not_measured_is_said_with_the_command(copy):
     assert "| hybrid |" not in content and "converted from" not in content
 
 
-def test_a_card_without_splats_speaks_of_none(checkpoint):
-    content = model_card(checkpoint.parent / "checkpoint").content
+def test_a_card_without_splats_speaks_of_none(tmp_path, story_neo):
+    content = model_card(tiny_checkpoint(tmp_path, story_neo)).content
     assert "It has no splats" in content and "trust_remote_code" not in content and "fit-init" not in content
 
 
@@ -160,6 +160,7 @@ def test_the_hub_reads_the_front_matter(copy, tmp_path):
 
 
 @pytest.mark.parity
+@pytest.mark.slow
 def test_the_commands_write_the_reports_where_a_card_looks_for_them(copy, run_gsa, standard_promotion):
     source = copy.parent / "source"
     assert run_gsa("export", copy, source, "--exact").code == 0

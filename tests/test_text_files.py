@@ -259,6 +259,9 @@ def refused(path: Path, content: bytes, field: str = "text") -> str:
         ("a.jsonl.gz", gzip.compress(b'{"text": "one"}')[:20] + b"\0\0\0\0\0\0", "not a whole gzip file"),
         ("a.txt", "naïve".encode("utf-16"), "not UTF-8 (invalid start byte at byte 0); convert it to UTF-8"),
         ("a.txt", b"\xef\xbb\xbf" + b"x" * 10**5 + b"\xe9 ", "at byte 100003)"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer"),
+        ("a.json", b'[{"text": "one"}]', ".json is not read; give .jsonl"),
+        ("a.csv.gz", gzip.compress(b"text\none\n"), ".csv is not read; give .jsonl"),
         ("a.parquet", b"PAR1", "not a Parquet file that can be read"),
     ],
 )

@@ -17,6 +17,9 @@ import tyro
 from gsa_jax.config import AttentionImplementation, GPTNeoConfig, require_seed
 from gsa_jax.errors import InputError
 
+Tracker = Literal["tensorboard", "trackio", "wandb"]
+"""Libraries that show the metrics of runs."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -126,8 +129,10 @@ class TrainConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = 2
     """Checkpoints that are kept, the newest ones."""
-    tensorboard: bool = False
-    """Write event files as well, with tensorboardX."""
+    track: Tracker | None = None
+    """Give the metrics to this as well: event files in RUN/tensorboard, or a run of Trackio or of Weights & Biases."""
+    profile: bool = False
+    """Record what a few steps after compilation do, in RUN/profile, for TensorBoard or xprof to show."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:

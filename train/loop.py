@@ -7,6 +7,7 @@ May be changed here: the order of these. A run is a folder:
       metrics.jsonl   a line for each step and each evaluation
       steps/          checkpoints of the run, each with the configuration
       model/          the result, an ordinary checkpoint folder
+      profile/        a trace of a few steps, and tensorboard/: events, if asked for
       model-STEPS/    the result of fewer steps, if there were more to make later
 
 The same command on an existing run, or one with more steps, goes on from its newest checkpoint, and what it computes
@@ -44,10 +45,12 @@ from gsa_jax.train.config import TrainConfig
 from gsa_jax.train.data import read_tokens, row_batches
 from gsa_jax.train.evaluator import Evaluator
 from gsa_jax.train.metrics import MetricsLog, Record
+from gsa_jax.train.profiling import PROFILE_FOLDER, StepProfile
 from gsa_jax.train.program import StepProgram
 from gsa_jax.train.recipes import Start, prepare, random_tensors
 from gsa_jax.train.run_folder import MODEL_FOLDER, STEPS_FOLDER, fingerprint, open_run
 from gsa_jax.train.step import State
+from gsa_jax.train.tracking import open_tracking
 
 _TIMED_STEPS = 20
 """Over which a speed is averaged."""
@@ -116,8 +119,15 @@ def train(
         run.restore_or_begin()
         log = None
         if jax.process_index() == 0:
-            log = stack.enter_context(MetricsLog(config.out, after=run.step or -1, tensorboard=config.tensorboard))
-        finished = run.advance(log, evaluator, should_stop)
+            after = run.step or -1
+            tracking = None if config.track is None else open_tracking(config.track, config.out, after, resolved)
+            log = stack.enter_context(MetricsLog(config.out, after=after, tracking=tracking))
+        profile = None
+        if config.profile and jax.process_index() == 0:
+            profile = stack.enter_context(StepProfile(config.out / PROFILE_FOLDER))
+        finished = run.advance(log, evaluator, should_stop, profile)
+        if profile is not None:
+            report({"kind": "note", "text": profile.told()})
         out = config.out / MODEL_FOLDER
         if finished and not out.exists():
             # Without a checkpoint to start from, the tokenizer is that of another model.
@@ -176,7 +186,13 @@ class _Run:
         self.state, self.step = restored.state, restored.step
         self._data.set_state(restored.data)
 
-    def advance(self, log: MetricsLog | None, evaluator: Evaluator, should_stop: Callable[[int], bool]) -> bool:
+    def advance(
+        self,
+        log: MetricsLog | None,
+        evaluator: Evaluator,
+        should_stop: Callable[[int], bool],
+        profile: StepProfile | None,
+    ) -> bool:
         """Makes the steps that are left; False if it was told to stop before."""
         config = self._config
         speed = _Speed(config.batch_size * (self._context - 1))
@@ -199,9 +215,12 @@ class _Run:
             batch = next(self._data)
             if self._mesh is not None:
                 batch = shard_batch(self._mesh, batch)
-            with self._program.on_mesh():
+            recording = contextlib.nullcontext() if profile is None else profile.step(self.step + 1)
+            with self._program.on_mesh(), recording:
                 self.state, metrics = self._program.step(self.state, self._frozen, self._teacher, batch)
             self.step += 1
+            if profile is not None:
+                profile.after(metrics)
             if pending is not None:  # one step late, so that the devices always have work
                 write(self._train_record(*pending, speed))
             pending = self.step, metrics

@@ -1,7 +1,7 @@
-"""What a run reports: `metrics.jsonl`, one JSON object per line, and TensorBoard events if asked for.
+"""What a run reports: `metrics.jsonl`, one JSON object per line, which a library shows if asked for.
 
 May be changed here: how records are written. A record is `{"step": n, "kind": "train" | "eval", ...}`; the other fields
-come from `gsa_jax.train.loop` and `gsa_jax.train.evaluator`.
+come from `gsa_jax.train.loop` and `gsa_jax.train.evaluator`. Libraries that show them are in `gsa_jax.train.tracking`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import contextlib
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from gsa_jax.errors import InputError
+from gsa_jax.train.tracking import Record, Tracking
 
 METRICS_FILE = "metrics.jsonl"
-
-Record = dict[str, Any]
 
 
 class MetricsLog:
@@ -25,17 +23,17 @@ class MetricsLog:
     Args:
         folder: of the run.
         after: a run that goes on from this step drops the records of later ones, which it will write again.
-        tensorboard: also write event files, with tensorboardX.
+        tracking: is given the records as well, from the run's beginning.
 
     Raises:
-        InputError: the file cannot be written, or TensorBoard is asked for and tensorboardX is not installed.
+        InputError: the file cannot be written.
     """
 
-    def __init__(self, folder: Path, *, after: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, *, after: int, tracking: Tracking | None = None) -> None:
         path = folder / METRICS_FILE
         kept = [record for record in read_metrics(folder) if record["step"] <= after] if path.exists() else []
         self._path = path
-        self._events = _event_writer(folder, after) if tensorboard else None
+        self._tracking = tracking
         staged = path.with_name(f".{METRICS_FILE}.partial")
         try:
             # A kill must not find the file half written.
@@ -44,6 +42,8 @@ class MetricsLog:
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        for record in kept:
+            self._track(record)
 
     def write(self, record: Record) -> None:
         """Appends a record, and flushes it, so that a killed run loses none.
@@ -56,10 +56,11 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:
             raise InputError(f"{self._path}: cannot be written ({error.strerror})") from None
-        if self._events is not None:
-            for name, value in record.items():
-                if name not in ("step", "kind") and isinstance(value, int | float):
-                    self._events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        self._track(record)
+
+    def _track(self, record: Record) -> None:
+        if self._tracking is not None:
+            self._tracking.log(record)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -69,8 +70,8 @@ class MetricsLog:
     ) -> None:
         with contextlib.suppress(OSError):  # it tries once more to write what could not be written
             self._file.close()
-        if self._events is not None:
-            self._events.close()
+        if self._tracking is not None:
+            self._tracking.close()
 
 
 def read_metrics(folder: Path) -> list[Record]:
@@ -88,11 +89,3 @@ def read_metrics(folder: Path) -> list[Record]:
         return [json.loads(line) for line in lines[:-1]]
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not JSON lines ({error}); remove the broken line") from None
-
-
-def _event_writer(folder: Path, after: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ModuleNotFoundError:
-        raise InputError("TensorBoard events need tensorboardX; pip install 'gsa-jax[tensorboard]'") from None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)

@@ -28,8 +28,10 @@ MODEL_FOLDER = "model"
 CONTENT = "content"
 """In the configuration: fingerprints of what the run reads, by which it is known wherever it lies."""
 
-_FREE = ("out", "mesh", "eval_text", "eval_every", "eval_documents", "save_every", "keep", "tensorboard")
-"""Settings that change nothing about what is learnt."""
+_FREE = (
+    "out", "mesh", "eval_text", "eval_every", "eval_documents", "save_every", "keep", "track", "profile", "tensorboard"
+)  # fmt: skip
+"""Settings that change nothing about what is learnt; the last one is `track` in runs of earlier versions."""
 
 _PLACES = ("text", "text_field", "checkpoint", "tokenizer")
 """Where things are; what is there has a fingerprint."""

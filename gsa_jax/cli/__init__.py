@@ -27,6 +27,7 @@ from gsa_jax.cli.generation import Generate
 from gsa_jax.cli.harness import LmEval
 from gsa_jax.cli.training import Tokenize, Train, check_preset
 from gsa_jax.errors import InputError
+from gsa_jax.files import is_disk_full
 
 _COMMANDS: dict[str, Any] = {
     "convert": Convert,
@@ -53,9 +54,14 @@ def main() -> None:
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, and not when nothing can be done about it any more
-    except BrokenPipeError:  # `gsa ... | head -1`
+    except OSError as error:
+        closed = isinstance(error, BrokenPipeError)  # `gsa ... | head -1`
+        if not closed and not is_disk_full(error):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes what is left once more when it ends
-        sys.exit(128 + signal.SIGPIPE)
+        if closed:
+            sys.exit(128 + signal.SIGPIPE)
+        _fail(InputError("the disk is full; what was printed is not all there"))
 
 
 def _run() -> NoReturn:

@@ -173,6 +173,8 @@ def read_prompts(file: Path) -> list[str]:
         InputError: it cannot be read, is not UTF-8 or not JSON, or has no prompt in it.
     """
     name = "stdin" if str(file) == "-" else str(file)
+    if name == "stdin" and sys.stdin is None:
+        raise InputError("stdin: is closed; give a file with a prompt in each line")
     try:
         content = (sys.stdin.buffer.read() if name == "stdin" else file.read_bytes()).decode("utf-8-sig")
     except FileNotFoundError:

@@ -86,11 +86,16 @@ def adapter_in_the_model(source: Path) -> list[object]:
 
 def classifier(source: Path) -> list[object]:
     file = write_folder(source, tensors_with("score.weight", torch.zeros(2, 32))) / "model.safetensors"
-    return [file, "score.weight is the head of a classifier", "save the language model"]
+    return [file, "score.weight is a head for another task", "save the language model"]
 
 
 def token_classifier(source: Path) -> list[object]:
-    return [write_folder(source, tensors_with("module.classifier.bias", torch.zeros(2))), "head of a classifier"]
+    return [write_folder(source, tensors_with("module.classifier.bias", torch.zeros(2))), "head for another task"]
+
+
+def head_for_values(source: Path) -> list[object]:
+    file = write_bin_folder(source, tensors_with("v_head.summary.weight", torch.zeros(1, 32))) / "pytorch_model.bin"
+    return [file, "v_head.summary.weight is a head for another task", "GPTNeoForCausalLM"]
 
 
 def placeholders(source: Path) -> list[object]:
@@ -108,9 +113,26 @@ def another_model(source: Path) -> list[object]:
     return [write_folder(source, state) / "model.safetensors", "70 tensors do not fit", "; and 65 more"]
 
 
+def an_unknown_wrapper(source: Path) -> list[object]:
+    state = {f"net.{name}": tensor for name, tensor in tiny_tensors().items()}
+    return [
+        write_folder(source, state),
+        "60 tensors do not fit",
+        "all of its names are others, such as net.transformer",
+    ]
+
+
 def weights_of_others(source: Path) -> list[object]:
     (write_folder(source) / "model.safetensors").rename(source / "flax_model.msgpack")
-    return [source, "no weights", "only flax_model.msgpack"]
+    for name in ("last.ckpt", "optimizer.pt", "training_args.bin", "notes.txt"):
+        (source / name).write_bytes(b"")
+    return [source, "no weights", "only flax_model.msgpack; last.ckpt; a state dict", "pytorch_model.bin"]
+
+
+def parts_of_deepspeed(source: Path) -> list[object]:
+    (write_folder(source) / "model.safetensors").unlink()
+    (source / "zero_to_fp32.py").write_text("")
+    return [source, "python zero_to_fp32.py . pytorch_model.bin"]
 
 
 def keys_of_all_kinds(source: Path) -> list[object]:
@@ -162,8 +184,8 @@ def doubles(source: Path) -> list[object]:
 SOURCES: list[Callable[[Path], list[object]]] = [
     no_folder, a_file, empty_folder, no_weights, config_is_a_folder, adapter, adapter_beside_a_model,
     adapter_in_the_model, classifier, token_classifier, placeholders, two_containers, another_model,
-    weights_of_others, keys_of_all_kinds, keys_behind_a_wrapper, two_models, not_a_number, infinite, integers,
-    doubles,
+    head_for_values, an_unknown_wrapper, parts_of_deepspeed, weights_of_others, keys_of_all_kinds,
+    keys_behind_a_wrapper, two_models, not_a_number, infinite, integers, doubles,
 ]  # fmt: skip
 
 

@@ -47,6 +47,7 @@ SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     "an adapter": ("owner/adapter", {}),
     "no configuration": ("owner/weights-only", {}),
     "a shard that is not there": ("owner/incomplete", {}),
+    "a checkpoint of ours": ("owner/checkpoint", {}),
     "no such repository": ("owner/nothing", {}),
     "no such revision": ("owner/both", {"revision": "v9"}),
     "no such subfolder": ("owner/both", {"subfolder": "outer"}),
@@ -79,8 +80,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory, story_neo: Path) -> Iterator[H
     (write_folder(folders / "weights-only") / "config.json").unlink()
     write_sharded_folder(folders / "incomplete", tensors, suffix="bin")
     (folders / "incomplete" / "pytorch_model-00002-of-00002.bin").unlink()
+    (write_folder(folders / "checkpoint") / "model.safetensors").unlink()
+    (folders / "checkpoint" / "weights").mkdir()
+    (folders / "checkpoint" / "weights" / "manifest").write_bytes(b"not needed")
     with hub_server() as served:
-        names = ("both", "bin", "shards", "gpt2", "flax", "adapter", "weights-only", "incomplete")
+        names = ("both", "bin", "shards", "gpt2", "flax", "adapter", "weights-only", "incomplete", "checkpoint")
         served.repositories |= {f"owner/{name}": {"main": folders / name} for name in names}
         served.repositories["owner/both"]["v1"] = folders / "v1"
         served.repositories |= {f"owner/{name}": {"main": folders / "bin"} for name in ("gated", "private")}
@@ -139,6 +143,7 @@ def test_revisions_and_subfolders_are_those_that_were_asked_for(results):
         ("an adapter", "owner/adapter: holds an adapter (adapter_config.json)"),
         ("no configuration", "owner/weights-only: no config.json in it"),
         ("a shard that is not there", "lists shards that are not there: pytorch_model-00002-of-00002.bin"),
+        ("a checkpoint of ours", "fetch it for the commands: hf download owner/checkpoint --local-dir OUT"),
         ("no such repository", "owner/nothing: no such folder, and no such model on the hub"),
         ("no such revision", "owner/both: the hub has no revision 'v9' of it"),
         ("no such subfolder", "owner/both/outer: no config.json in it"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.cluster.vq import kmeans2
 
-from gsa_jax.checkpoint import TOKENIZER_FILES, load, load_tensors, save, tokenizer_files
+from gsa_jax.checkpoint import OWN_FILES, TOKENIZER_FILES, load, load_tensors, save, tokenizer_files
 from gsa_jax.convert import convert
 from gsa_jax.errors import InputError
 from gsa_jax.fitting.fitted import FIT_REPORT_FILE, FitReport, fit_importance_anew, fit_init
@@ -186,7 +186,7 @@ def test_all_but_the_splats_is_kept(fitted: Fitted) -> None:
         assert not tensors[prefix + "log_amplitudes"].any()
         quarters = np.exp(-2 * tensors[prefix + "log_scales"][:, 0]) / 4
         np.testing.assert_allclose(tensors[prefix + "norm_gain"], quarters, rtol=1e-5)
-    copied = [name for name in (*TOKENIZER_FILES, "conversion.json") if (fitted.source / name).exists()]
+    copied = [name for name in (*TOKENIZER_FILES, *OWN_FILES) if (fitted.source / name).exists()]
     assert "tokenizer.json" in copied and "conversion.json" in copied
     for name in copied:
         assert (fitted.folder / name).read_bytes() == (fitted.source / name).read_bytes()

@@ -1,4 +1,4 @@
-"""What a run writes down: records that survive a kill and a restart, TensorBoard events, and the picture of them.
+"""What a run writes down: records that survive a kill and a restart, and the picture of them.
 
 May be changed here: what is recorded. A record that the test wrote is the oracle for what is read back.
 """
@@ -9,12 +9,10 @@ import json
 import os
 import re
 import resource
-import struct
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 from gsa_jax.errors import InputError
 from gsa_jax.train.metrics import METRICS_FILE, MetricsLog, Record, read_metrics
@@ -34,15 +32,15 @@ def scored(step: int, arms: dict[str, float]) -> Record:
     return record
 
 
-def write(folder: Path, records: list[Record], *, after: int = -1, tensorboard: bool = False) -> None:
-    with MetricsLog(folder, after=after, tensorboard=tensorboard) as log:
+def write(folder: Path, records: list[Record], *, after: int = -1) -> None:
+    with MetricsLog(folder, after=after) as log:
         for record in records:
             log.write(record)
 
 
 def test_records_are_read_back_as_they_were_written_each_as_soon_as_it_is(tmp_path):
     records = [scored(0, ARMS), *map(trained, range(1, 6)), scored(5, ARMS)]
-    with MetricsLog(tmp_path, after=-1, tensorboard=False) as log:
+    with MetricsLog(tmp_path, after=-1) as log:
         for count, record in enumerate(records, 1):
             log.write(record)
             assert read_metrics(tmp_path) == records[:count]
@@ -79,7 +77,7 @@ def test_a_restart_that_cannot_write_keeps_the_records(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(InputError, match=rf"{METRICS_FILE}: cannot be written .*No space"):
-        MetricsLog(tmp_path, after=1, tensorboard=False)
+        MetricsLog(tmp_path, after=1)
     assert read_metrics(tmp_path) == [trained(1)]
 
 
@@ -89,7 +87,7 @@ def test_a_file_that_can_take_no_more_is_named(tmp_path):
     try:
         with (
             pytest.raises(InputError, match=rf"^[^\n]*{METRICS_FILE}: cannot be written .*too large"),
-            MetricsLog(tmp_path, after=-1, tensorboard=False) as log,
+            MetricsLog(tmp_path, after=-1) as log,
         ):
             log.write(trained(1))
             resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / METRICS_FILE).stat().st_size + 9, hard))
@@ -105,38 +103,6 @@ def test_files_without_records_are_named(tmp_path):
     (tmp_path / METRICS_FILE).write_text(json.dumps(trained(1)) + "\n{broken\n" + json.dumps(trained(2)) + "\n")
     with pytest.raises(InputError, match=rf"{METRICS_FILE}: not JSON lines .*remove the broken line"):
         read_metrics(tmp_path)
-
-
-def events(folder: Path) -> list[Event]:
-    """Of all event files of a run, parsed by their framing: length, its checksum, the event, its checksum."""
-    found = []
-    for path in sorted((folder / "tensorboard").iterdir()):
-        content = path.read_bytes()
-        while content:
-            (length,) = struct.unpack("<Q", content[:8])
-            found.append(Event.FromString(content[12 : 12 + length]))
-            content = content[16 + length :]
-    return found
-
-
-def test_tensorboard_events_hold_the_numbers_of_the_records(tmp_path):
-    records = [scored(0, ARMS), trained(1), trained(2)]
-    write(tmp_path, records, tensorboard=True)
-    found = {(value.tag, event.step): value.simple_value for event in events(tmp_path) for value in event.summary.value}
-    expected = {
-        (f"{record['kind']}/{name}", record["step"]): value
-        for record in records
-        for name, value in record.items()
-        if name not in ("kind", "step")
-    }
-    assert {key: pytest.approx(value, rel=1e-6) for key, value in expected.items()} == found
-    assert read_metrics(tmp_path) == records
-
-
-def test_tensorboard_is_told_to_forget_what_a_restart_writes_again(tmp_path):
-    write(tmp_path, [trained(2)], after=1, tensorboard=True)
-    starts = [event.step for event in events(tmp_path) if event.session_log.status == event.session_log.START]
-    assert starts == [2]
 
 
 @pytest.fixture
@@ -158,10 +124,6 @@ def without(monkeypatch):
 
 def test_a_package_that_is_not_installed_is_one_line(tmp_path, without):
     write(tmp_path, [trained(1)])
-    without("tensorboardX")
-    with pytest.raises(InputError, match=r"^[^\n]*tensorboardX; pip install 'gsa-jax\[tensorboard\]'$"):
-        MetricsLog(tmp_path, after=1, tensorboard=True)
-    assert read_metrics(tmp_path) == [trained(1)]
     without("matplotlib")
     with pytest.raises(InputError, match=r"^[^\n]*matplotlib; pip install 'gsa-jax\[plot\]'$"):
         plot_run(tmp_path)
