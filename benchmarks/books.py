@@ -3,9 +3,10 @@
     python benchmarks/books.py --books FOLDER --out FOLDER
 
 extends the model's 512 positions to 2,048 and fine-tunes it at that length, exact; fits and distils splats for what
-comes out; and scores both on a book that neither has seen, by position up to 4,096, and on passkeys. The training text
-tells a number every now and then, in the words of `gsa_jax.passkey`: what the model cannot do at all, its splats cannot
-keep. Prints the `gsa` commands and what they find. A command whose result is there is not repeated.
+comes out, without and with kept keys; and scores them on a book that none has seen, by position up to 4,096, and on
+passkeys. The training text tells a number every now and then, in the words of `gsa_jax.passkey`: what the model cannot
+do at all, its splats cannot keep. Prints the `gsa` commands and what they find. A command whose result is there is not
+repeated.
 
 May be changed here: the text, and the options of the commands.
 """
@@ -16,6 +17,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from quality import MODEL, make, train
@@ -34,7 +36,11 @@ TOLD = 8
 
 LENGTH = "--context 2048 --batch-size 2 --optimizer.warmup-steps 20"
 FINETUNE = f"--max-positions 2048 {LENGTH} --steps 300 --optimizer.learning-rate 1e-3"
-FIT = "--num-splats 64 --window 64"
+FITS = {
+    "S = 64, W = 64": "--num-splats 64 --window 64 --kept 0 --importance norm",
+    "S = 32, W = 64, M = 64": "--num-splats 32 --window 64 --kept 64 --importance learned",
+    "W = 32, M = 128": "--num-splats 0 --window 32 --kept 128 --importance learned",
+}
 DISTILL = f"{LENGTH} --steps 150 --optimizer.splat-learning-rate 0.02"
 
 
@@ -51,24 +57,29 @@ def main() -> None:
     held_out.write_text(DOCUMENT_SEPARATOR.join(chapters), encoding="utf-8")
     told.write_text(DOCUMENT_SEPARATOR.join(_with_numbers(list(books.values()))), encoding="utf-8")
 
-    plain, fitted = given.out / "plain", given.out / "fitted"
+    plain = given.out / "plain"
     make(plain, f"convert {MODEL} {plain}")
     exact = train(given.out / "exact", f"finetune {plain}", f"--text {told} {FINETUNE}")
-    make(fitted, f"fit-init {exact} {fitted} --text {told} {FIT}")
-    splats = train(given.out / "distilled", f"distill {fitted}", f"--text {told} {DISTILL}")
     longer = "--max-positions 4096 --position-extension"
     scores = {
-        "2,048 positions": f"--text {held_out}",
-        "4,096 positions, interpolated": f"--text {held_out} {longer} interpolate",
-        "4,096 positions, tiled": f"--text {held_out} {longer} tile",
-        "passkey": f"--text {held_out} --task passkey --context 512 {longer} tile",
+        "2,048 positions": "",
+        "4,096 positions, interpolated": f"{longer} interpolate",
+        "4,096 positions, tiled": f"{longer} tile",
+        "passkey": f"--task passkey --context 512 {longer} tile",
     }
-    results = {}
-    for number, (name, options) in enumerate(scores.items()):
-        out = given.out / f"scores-{number}.json"
-        make(out, f"eval {splats} --json {out} {options}")
-        found = json.loads(out.read_text(encoding="utf-8"))
-        results[name] = {key: value for key, value in found.items() if key not in ("checkpoint", "text")}
+    results: dict[str, dict[str, Any]] = {}
+    for fit, attach in FITS.items():
+        folder = given.out / re.sub(r"\W+", "-", fit)
+        make(folder / "fitted", f"fit-init {exact} {folder / 'fitted'} --text {told} {attach}")
+        splats = folder / "fitted"
+        if "S" in fit:
+            splats = train(folder / "distilled", f"distill {splats}", f"--text {told} {DISTILL}")
+        for number, (name, options) in enumerate(scores.items()):
+            out = folder / f"scores-{number}.json"
+            make(out, f"eval {splats} --json {out} --text {held_out} {options}")
+            found = json.loads(out.read_text(encoding="utf-8"))
+            values = {key: value for key, value in found.items() if key not in ("checkpoint", "text")}
+            results.setdefault(fit, {})[name] = values
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 

@@ -31,8 +31,8 @@ from gsa_jax.train.objectives import cross_entropy
 
 MODES: dict[str, dict[str, Any]] = {
     "exact": {"window": "all"},
-    "hybrid": {"kept": 0},
-    "kept keys": {"kept": 32},
+    "hybrid": {},
+    "without kept keys": {"kept": 0},
     "pure": {"window": 0, "kept": 0},
 }
 """Options of `gsa_jax.load` for the splat layers."""

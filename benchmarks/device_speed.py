@@ -83,10 +83,9 @@ def stated_flops(bench: Bench) -> float | None:
     return next((peak for kind, peak in PEAKS.items() if kind in bench.device.device_kind), None)
 
 
-HYBRID = SPLAT_PRESETS["hybrid"]
 MODES: dict[str, SplatConfig | None] = {
-    "hybrid": dataclasses.replace(HYBRID, kept=0),
-    "hybrid, M = 32": dataclasses.replace(HYBRID, kept=32),
+    "hybrid": SPLAT_PRESETS["hybrid"],
+    "S = 64, W = 64": SplatConfig(num_splats=64, window=64, norm_gain=True, far_gain=True),
     "exact": None,
 }
 

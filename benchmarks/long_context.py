@@ -21,10 +21,11 @@ CONTEXTS = [1024, 8192, 65536]
 STEPS = 32
 CHUNK = 1024
 MODES: dict[str, dict[str, Any]] = {
-    "exact": {"window": "all"},
-    "hybrid, S = 64, W = 64": {"window": 64},
-    "hybrid, S = 64, W = 64, M = 32": {"window": 64, "kept": 32},
-    "pure, S = 64, W = 0": {"window": 0},
+    "exact": {"num_splats": 64, "window": "all"},
+    "hybrid, S = 32, W = 64, M = 64": {"num_splats": 32, "window": 64, "kept": 64},
+    "S = 64, W = 64, M = 32": {"num_splats": 64, "window": 64, "kept": 32},
+    "S = 64, W = 64": {"num_splats": 64, "window": 64},
+    "pure, S = 64, W = 0": {"num_splats": 64, "window": 0},
 }
 READ = "reading the context"
 
@@ -36,7 +37,7 @@ def _model(mode: str, length: int) -> Any:
     from gsa_jax import GPTNeoConfig, GPTNeoForCausalLM, SplatConfig
 
     shape: dict[str, Any] = tinystories_33m.SHAPE | {"max_position_embeddings": length + STEPS}
-    config = GPTNeoConfig(**shape, splats=SplatConfig(num_splats=64, **MODES[mode]))
+    config = GPTNeoConfig(**shape, splats=SplatConfig(**MODES[mode]))
     build = jax.jit(lambda: nnx.split(GPTNeoForCausalLM(config, rngs=nnx.Rngs(0))))
     return nnx.merge(*build())
 

@@ -42,10 +42,10 @@ SENTENCES = 240_000
 """Of all documents of a lesson together."""
 DISTILL = "--steps 400 --batch-size 2 --optimizer.warmup-steps 20 --optimizer.splat-learning-rate 0.02"
 FITS = {
-    "S = 64, W = 64": "--num-splats 64 --window 64",
+    "S = 64, W = 64": "--num-splats 64 --window 64 --kept 0 --importance norm",
     "S = 64, W = 64, M = 8": "--num-splats 64 --window 64 --kept 8 --importance learned",
     "S = 64, W = 64, M = 32": "--num-splats 64 --window 64 --kept 32 --importance learned",
-    "S = 64, W = 64, M = 32, by norm": "--num-splats 64 --window 64 --kept 32",
+    "S = 64, W = 64, M = 32, by norm": "--num-splats 64 --window 64 --kept 32 --importance norm",
 }
 
 

@@ -27,7 +27,8 @@ SHORT = "--steps 150 --batch-size 4 --optimizer.warmup-steps 20"
 FINETUNE = "--batch-size 4 --optimizer.warmup-steps 20 --optimizer.learning-rate 5e-4 --teacher-weight 0.5"
 NO_TERMS = "--preset seed-phase1 --layers global"
 HARD = "--num-splats 64 --window 16"
-KEPT = "--kept 32 --importance learned"
+NOTHING_KEPT = "--kept 0 --importance norm"
+KEPT = "--kept 32"
 AGAIN = "--steps 400 --batch-size 4 --optimizer.warmup-steps 20 --optimizer.splat-learning-rate 0.01"
 
 
@@ -51,25 +52,26 @@ class Row:
 
 
 def _kept(attach: str) -> Row:
-    return Row(f"{attach} {KEPT}", LONG, AGAIN, finetune_steps=800)
+    return Row(f"{attach} --importance learned", LONG, AGAIN, finetune_steps=800)
 
 
 def _ablation(attach: str = HARD, distill: str = SHORT, *, random: bool = False) -> Row:
-    return Row(attach, distill, finetune_steps=None, random=random, documents=60)
+    return Row(f"{attach} {NOTHING_KEPT}", distill, finetune_steps=None, random=random, documents=60)
 
 
 ROWS = {
-    "kept-64": _kept("--num-splats 64 --window 64"),
-    "kept-16": _kept(HARD),
-    "kept-4": _kept("--num-splats 64 --window 4"),
-    "kept-0": _kept("--num-splats 128 --window 0"),
-    "kept-two": _kept("--num-splats 2 --window 64"),
-    "hybrid": Row("--num-splats 64 --window 64", LONG, finetune_steps=800),
-    "hard": Row(HARD),
-    "pure": Row("--num-splats 128 --window 0", LONG),
-    "pure-long": Row("--num-splats 128 --window 0", LONG, finetune_steps=800),
-    "two-16": Row("--num-splats 2 --window 16"),
-    "two-0": Row("--num-splats 2 --window 0"),
+    "mix": _kept("--num-splats 32 --window 64 --kept 64"),
+    "kept-64": _kept(f"--num-splats 64 --window 64 {KEPT}"),
+    "kept-16": _kept(f"{HARD} {KEPT}"),
+    "kept-4": _kept(f"--num-splats 64 --window 4 {KEPT}"),
+    "kept-0": _kept(f"--num-splats 128 --window 0 {KEPT}"),
+    "kept-two": _kept(f"--num-splats 2 --window 64 {KEPT}"),
+    "hybrid": Row(f"--num-splats 64 --window 64 {NOTHING_KEPT}", LONG, finetune_steps=800),
+    "hard": Row(f"{HARD} {NOTHING_KEPT}"),
+    "pure": Row(f"--num-splats 128 --window 0 {NOTHING_KEPT}", LONG),
+    "pure-long": Row(f"--num-splats 128 --window 0 {NOTHING_KEPT}", LONG, finetune_steps=800),
+    "two-16": Row(f"--num-splats 2 --window 16 {NOTHING_KEPT}"),
+    "two-0": Row(f"--num-splats 2 --window 0 {NOTHING_KEPT}"),
     # What matters, on the hard row: fewer steps, distilled only.
     "short": _ablation(),
     "random-centres": _ablation(HARD + " --terms norm_gain far_gain", random=True),

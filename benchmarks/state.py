@@ -29,14 +29,14 @@ from gsa_jax.splat_config import SPLAT_PRESETS, SplatConfig
 
 RESULTS = Path(__file__).parent / "results" / "state.json"
 FIGURE = Path(__file__).parents[1] / "docs" / "state.svg"
-BUDGETS = (125_000, 250_000, 500_000)
+BUDGETS = (500_000, 250_000, 125_000)
 DOCUMENTS = 100
 DISTILL = "--steps 400 --batch-size 4 --optimizer.warmup-steps 20 --optimizer.splat-learning-rate 0.02"
 NEAR = 16
 """Window beside splats alone or kept keys alone: the least that the first layer's heads need."""
 
 SPLATS, KEPT, MIX = f"splats, window {NEAR}", f"kept keys, window {NEAR}", "chosen by layer"
-SHARES = ((2, 2, 1), (1, 4, 2), (0, 4, 1))
+SHARES = ((2, 2, 1), (1, 4, 2), (1, 2, 4), (0, 4, 1))
 """Splats, window and kept keys in these proportions, in every layer."""
 
 
@@ -45,8 +45,8 @@ def _name(splats: int, window: int, kept: int) -> str:
 
 
 WAYS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "window": lambda n: {"num_splats": 0, "window": n},
-    SPLATS: lambda n: {"num_splats": n, "window": NEAR},
+    "window": lambda n: {"num_splats": 0, "window": n, "kept": 0, "importance": "norm"},
+    SPLATS: lambda n: {"num_splats": n, "window": NEAR, "kept": 0, "importance": "norm"},
     KEPT: lambda n: {"num_splats": 0, "window": NEAR, "kept": n, "importance": "learned"},
 } | {
     _name(s, w, m): lambda n, s=s, w=w, m=m: {
@@ -59,7 +59,7 @@ WAYS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 ARMS = {"window": "window-only", KEPT: "without-splats", _name(0, 4, 1): "without-splats"}
 """The arm of an evaluation that spends as a way says, where it is not the hybrid."""
-MARKERS = "s^vxd*o"
+MARKERS = "s^vxd*Po"
 EXACT = (512, 2048)
 """Tokens of which exact attention's own bytes are shown."""
 
@@ -75,8 +75,8 @@ def main() -> None:
     make(plain, f"convert {MODEL} {plain}")
     config = read_config(MODEL / "config.json")
     results: dict[str, Any] = {"exact": {f"{n}": exact_bytes(config, n) for n in EXACT}, "ways": {}}
-    for way in [*WAYS, MIX]:
-        for budget in BUDGETS:
+    for budget in BUDGETS:
+        for way in [*WAYS, MIX]:
             folder = given.out / f"{re.sub(r'[^a-zA-Z0-9]+', '-', way)}-{budget}"
             found = score(given, plain, folder, way, options(config, way, budget))
             if way != MIX:

@@ -1,9 +1,9 @@
 """One step of full fine-tuning, side by side: `python benchmarks/train.py`.
 
 A random model of the shape of TinyStories-33M, float32, AdamW with clipping, cross-entropy; 2,048 tokens per step, as
-rows of 512 or one row of 2,048. Ours with exact attention and with the preset `hybrid`, against Hugging Face Flax with
-the step of its `run_clm_flax.py` (`optax.adamw` on a `TrainState`, jitted, donated) and Hugging Face PyTorch. Each
-contender in a process of its own, in turn.
+rows of 512 or one row of 2,048. Ours with exact attention, with splats and no kept keys, and with the preset `hybrid`,
+against Hugging Face Flax with the step of its `run_clm_flax.py` (`optax.adamw` on a `TrainState`, jitted, donated) and
+Hugging Face PyTorch. Each contender in a process of its own, in turn.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ import tinystories_33m
 
 TOKENS = 2048
 LEARNING_RATE = 1e-4
+SPLATS: dict[str, dict[str, Any]] = {
+    "gsa-jax, S = 64, W = 64": {"num_splats": 64, "window": 64},
+    "gsa-jax hybrid": {"num_splats": 32, "window": 64, "kept": 64, "importance": "learned"},
+}
 
 
 def _ids(context: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 50257, (TOKENS // context, context), dtype=np.int32)
 
 
-def ours(folder: str, context: int, hybrid: bool) -> Callable[[], Any]:
+def ours(folder: str, context: int, splats: dict[str, Any] | None) -> Callable[[], Any]:
     """The step of `gsa train finetune`."""
     import dataclasses
 
@@ -35,7 +39,7 @@ def ours(folder: str, context: int, hybrid: bool) -> Callable[[], Any]:
 
     from gsa_jax.attention import init_splats
     from gsa_jax.parameters import attention_tensor, build_model, named_parameters
-    from gsa_jax.splat_config import SPLAT_PRESETS
+    from gsa_jax.splat_config import SplatConfig
     from gsa_jax.train.config import OptimizerConfig
     from gsa_jax.train.objectives import cross_entropy
     from gsa_jax.train.optimizer import make_optimizer
@@ -43,8 +47,8 @@ def ours(folder: str, context: int, hybrid: bool) -> Callable[[], Any]:
 
     model = tinystories_33m.load_ours(folder, "float32")
     config, params = model.config, named_parameters(model)
-    if hybrid:
-        config = dataclasses.replace(config, splats=SPLAT_PRESETS["hybrid"])
+    if splats is not None:
+        config = dataclasses.replace(config, splats=SplatConfig(**splats, norm_gain=True, far_gain=True))
         for layer in config.splat_layers:
             for name, array in init_splats(jax.random.key(layer), config, layer).items():
                 params[attention_tensor(layer, name)] = array
@@ -126,8 +130,8 @@ def main() -> None:
         for context in (512, 2048):
             found = side_by_side.measure(
                 {
-                    "gsa-jax exact": (ours, (folder, context, False)),
-                    "gsa-jax hybrid": (ours, (folder, context, True)),
+                    "gsa-jax exact": (ours, (folder, context, None)),
+                    **{name: (ours, (folder, context, splats)) for name, splats in SPLATS.items()},
                     "HF Flax": (flax, (folder, context)),
                     "HF PyTorch": (pytorch, (folder, context)),
                 },

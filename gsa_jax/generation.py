@@ -209,6 +209,7 @@ def make_request(model: GPTNeoForCausalLM, prompts: Prompts, **options: Unpack[G
         raise InputError("max_new_tokens: say how many at most; the model's generation_config.json does not")
     check_prompts(config, rows, max_new_tokens)
     seed = options.get("seed", 0)
+    seed = int(seed) if isinstance(seed, np.integer) else seed
     require_seed(seed)
     eos = _end_tokens(option("eos_token_id"), config, given=options.get("eos_token_id") is not None)
     pad = option("pad_token_id")
@@ -223,7 +224,7 @@ def make_request(model: GPTNeoForCausalLM, prompts: Prompts, **options: Unpack[G
         raise InputError("stop: texts are looked for in text; give the tokenizer as well")
     return Request(
         prompts=rows,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=int(max_new_tokens),
         sampler=options.get("sampler") or default_sampler(defaults),
         seed=seed,
         eos_token_id=eos,
@@ -234,9 +235,11 @@ def make_request(model: GPTNeoForCausalLM, prompts: Prompts, **options: Unpack[G
     )
 
 
-def _end_tokens(value: int | Sequence[int], config: GPTNeoConfig, *, given: bool) -> tuple[int, ...]:
+def _end_tokens(
+    value: int | Sequence[int] | np.ndarray | np.integer, config: GPTNeoConfig, *, given: bool
+) -> tuple[int, ...]:
     """Those that the model can say. A configuration may name others, which then end nothing; an option may not."""
-    ids = tuple(int(token) for token in (value if isinstance(value, Sequence) else (value,)))
+    ids = tuple(np.atleast_1d(np.asarray(value, np.int64)).tolist())
     for token in ids:
         if given and token >= config.vocab_size:
             raise InputError(f"eos_token_id = {token}: not in the vocabulary of {config.vocab_size} tokens")

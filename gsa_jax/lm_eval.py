@@ -104,7 +104,7 @@ class GaussianSplatLM(TemplateLM):
         del kwargs
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Nats of whole texts, in windows of `max_length` tokens that do not overlap in what they predict."""

@@ -100,8 +100,8 @@ def _kind(value: Any, array: np.ndarray) -> str:
 
 def check_prompts(config: GPTNeoConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Raises `InputError` unless the model can read each prompt and go on for so many tokens."""
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens = {max_new_tokens}: must be >= 1")
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens = {max_new_tokens}: must be a whole number >= 1")
     if not len(prompts):
         raise InputError("no prompt given")
     for row, prompt in enumerate(prompts):

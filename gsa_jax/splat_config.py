@@ -118,7 +118,7 @@ OPTIONAL_TERMS = ("log_amplitudes", "norm_gain", "far_gain")
 """Terms of the far score that `SplatConfig` can make parameters; named as in `gsa_jax.ops.Splats`."""
 
 SPLAT_PRESETS = {
-    "hybrid": SplatConfig(num_splats=64, window=64, norm_gain=True, far_gain=True),
+    "hybrid": SplatConfig(num_splats=32, window=64, kept=64, norm_gain=True, far_gain=True, importance="learned"),
     "seed-phase1": SplatConfig(num_splats=2, window=0, layers="all"),
 }
 """The recommended configuration, with the two terms that let far scores stand beside near ones; and that of the

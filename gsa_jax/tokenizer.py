@@ -77,6 +77,11 @@ class LightTokenizer:
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
 
     @property
+    def backend_tokenizer(self) -> tokenizers.Tokenizer:
+        """That of the library `tokenizers`, by the name that it has in `transformers`."""
+        return self._backend
+
+    @property
     def bos_token_id(self) -> int | None:
         return self._id("bos_token")
 

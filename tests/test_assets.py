@@ -17,8 +17,8 @@ def test_they_close_the_gap_and_tell_a_story(tmp_path, story_neo):
     convert(story_neo, tmp_path / "hybrid", splats=story_neo.with_name("story-neo-splats"))
     found = evaluate(tmp_path / "hybrid", TOLD)
     ratios = {arm.name: arm.perplexity_ratio.value for arm in found.arms}
-    assert ratios["hybrid"] < 1.02 < ratios["window-only"] and ratios["none"] > 5
-    assert found.gap_closed is not None and found.gap_closed.value > 0.8
+    assert ratios["hybrid"] < 1.002 < ratios["without-kept"] < 1.02 < ratios["window-only"] and ratios["none"] > 5
+    assert found.gap_closed is not None and found.gap_closed.value > 0.95
 
     model, tokenizer = load(tmp_path / "hybrid"), load_tokenizer(tmp_path / "hybrid")
     prompt = tokenizer.encode("Once upon a time, there was a little girl named Lily.")

@@ -25,8 +25,8 @@ ORDER = [
     {"sharding", "loss", "sampling", "text", "prompts"},
     {"checkpoint"},
     {"generation", "evaluation", "convert"},
-    {"fitting", "completion", "lm_eval", "pretrained"},
-    {"train", "publishing"},
+    {"fitting", "completion", "pretrained"},
+    {"train", "publishing", "lm_eval"},
     {"cli"},
 ]
 """A part imports parts that stand before it, and itself; those that stand beside it are strangers."""

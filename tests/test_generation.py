@@ -354,6 +354,15 @@ def test_any_seed_of_32_bits(model: GPTNeoForCausalLM, seed: int) -> None:
     assert (drawn != other).any()
 
 
+def test_numbers_of_numpy_are_numbers(model: GPTNeoForCausalLM, unchecked: None) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 3, "seed": 3, "sampler": Categorical(temperature=3.0)}
+    expected = generate(model, [1, 2], eos_token_id=[5], **options)
+    options |= {"max_new_tokens": np.int64(3), "seed": np.uint32(3), "eos_token_id": np.array([5])}
+    np.testing.assert_array_equal(generate(model, [1, 2], **options), expected)
+    with pytest.raises(InputError, match=r"max_new_tokens = 3\.0: must be a whole number"):
+        generate(model, [1], max_new_tokens=3.0)
+
+
 @pytest.mark.parametrize(
     ("prompts", "new", "words"),
     [

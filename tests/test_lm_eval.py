@@ -133,7 +133,7 @@ def tiny(tmp_path_factory, story_neo) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("lm_eval"), story_neo, splats=splats)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 0, "kept": 0}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"window": 0, "kept": 0}, marks=pytest.mark.slow)])
 def test_splats_are_scored_as_the_model_alone_scores_each_text(tiny: Path, options) -> None:
     """In a batch with others, padded; summed in float64."""
     model, draws = GaussianSplatLM(tiny, batch_size=4, max_length=40, **options), np.random.default_rng(0)

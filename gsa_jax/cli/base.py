@@ -56,7 +56,7 @@ class SplatCommand(Command):
     """A command that says which splats a model has."""
 
     preset: Literal["hybrid", "seed-phase1"] | None = None
-    """hybrid: 64 splats and a window of 64 in global layers; seed-phase1: 2 splats and no window in all layers."""
+    """hybrid: 32 splats, a window of 64 and 64 kept keys in global layers; seed-phase1: 2 splats, no window, in all."""
     num_splats: int | None = None
     """Splats per head."""
     window: int | Literal["all"] | None = None
