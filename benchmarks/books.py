@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from quality import MODEL, make, train
+from quality import MODEL, has_splats, make, train
 
 from gsa_jax.evaluation.passkey import QUESTION, REMEMBER
 from gsa_jax.text_files import DOCUMENT_SEPARATOR
@@ -72,7 +72,7 @@ def main() -> None:
         folder = given.out / re.sub(r"\W+", "-", fit)
         make(folder / "fitted", f"fit-init {exact} {folder / 'fitted'} --text {told} {attach}")
         splats = folder / "fitted"
-        if "S" in fit:
+        if has_splats(splats):
             splats = train(folder / "distilled", f"distill {splats}", f"--text {told} {DISTILL}")
         for number, (name, options) in enumerate(scores.items()):
             out = folder / f"scores-{number}.json"

@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gsa_jax.config import read_config
+
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 MODEL = Path(__file__).parents[1] / "gsa_jax" / "assets" / "story-neo"
 
@@ -130,6 +132,12 @@ def train(run: Path, what: str, options: str) -> Path:
     """The model of a run of `gsa train`."""
     make(run / "model", f"train {what} {run} {options}")
     return run / "model"
+
+
+def has_splats(checkpoint: Path) -> bool:
+    """Whether there is something to distil."""
+    splats = read_config(checkpoint / "config.json").splats
+    return splats is not None and splats.has_splats
 
 
 def scores(checkpoint: Path, out: Path, options: str) -> dict[str, Any]:

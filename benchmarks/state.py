@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from quality import MODEL, make, train
+from quality import MODEL, has_splats, make, train
 
 from gsa_jax.attention import state_bytes
 from gsa_jax.config import GPTNeoConfig, read_config
@@ -93,8 +93,7 @@ def score(given: argparse.Namespace, plain: Path, folder: Path, way: str, attach
     make(fitted, f"fit-init {plain} {fitted} --text {given.text} {attach}")
     found: dict[str, Any] = {}
     stages = {"fitted": fitted}
-    splats = read_config(fitted / "config.json").splats
-    if way not in ARMS and splats is not None and splats.has_splats:
+    if way not in ARMS and has_splats(fitted):
         options = f"--text {given.text} {DISTILL}"
         stages["distilled"] = train(folder / "distilled", f"distill {fitted}", options)
     for stage, checkpoint in stages.items():

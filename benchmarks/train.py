@@ -22,9 +22,10 @@ import tinystories_33m
 TOKENS = 2048
 LEARNING_RATE = 1e-4
 SPLATS: dict[str, dict[str, Any]] = {
-    "gsa-jax, S = 64, W = 64": {"num_splats": 64, "window": 64},
-    "gsa-jax hybrid": {"num_splats": 32, "window": 64, "kept": 64, "importance": "learned"},
+    "gsa-jax hybrid": {},
+    "gsa-jax, S = 64, W = 64": {"num_splats": 64, "window": 64, "kept": 0, "importance": "norm"},
 }
+"""What differs from the preset."""
 
 
 def _ids(context: int) -> np.ndarray:
@@ -39,7 +40,7 @@ def ours(folder: str, context: int, splats: dict[str, Any] | None) -> Callable[[
 
     from gsa_jax.attention import init_splats
     from gsa_jax.parameters import attention_tensor, build_model, named_parameters
-    from gsa_jax.splat_config import SplatConfig
+    from gsa_jax.splat_config import SPLAT_PRESETS
     from gsa_jax.train.config import OptimizerConfig
     from gsa_jax.train.objectives import cross_entropy
     from gsa_jax.train.optimizer import make_optimizer
@@ -48,7 +49,7 @@ def ours(folder: str, context: int, splats: dict[str, Any] | None) -> Callable[[
     model = tinystories_33m.load_ours(folder, "float32")
     config, params = model.config, named_parameters(model)
     if splats is not None:
-        config = dataclasses.replace(config, splats=SplatConfig(**splats, norm_gain=True, far_gain=True))
+        config = dataclasses.replace(config, splats=dataclasses.replace(SPLAT_PRESETS["hybrid"], **splats))
         for layer in config.splat_layers:
             for name, array in init_splats(jax.random.key(layer), config, layer).items():
                 params[attention_tensor(layer, name)] = array

@@ -222,7 +222,7 @@ def load(
         param_dtype: of the parameters; as the folder has them if None.
         remat: recompute each block in the backward pass instead of keeping its activations.
         window: tokens that splat layers attend to exactly, instead of as many as the checkpoint says; `"all"` makes
-            them exact, 0 leaves them nothing but splats and kept keys.
+            them exact, 0 leaves them splats and kept keys.
         kept: keys beyond the window that each head of a splat layer sees exactly, instead of as many as the checkpoint
             says; with `window="all"` there are none.
         attention_implementation: what computes exact attention: `auto`, `xla`, `splash` (TPU) or `cudnn` (NVIDIA GPU).

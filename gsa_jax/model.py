@@ -254,6 +254,7 @@ class GPTNeoForCausalLM(nnx.Module):
         ids = _token_ids(input_ids)
         mask = token_mask(attention_mask, ids.shape)
         segments = None if segment_ids is None else check_segment_ids(segment_ids, ids.shape)
+        mask = mask if segments is None else mask & (segments != 0)
         positions = positions_from_mask(mask, segments) if positions is None else positions
         _check_numbers(self.config, ids, positions, mask)
         return self.transformer(ids, mask, segments, positions)[0]

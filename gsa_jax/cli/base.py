@@ -60,7 +60,7 @@ class SplatCommand(Command):
     num_splats: int | None = None
     """Splats per head."""
     window: int | Literal["all"] | None = None
-    """Tokens seen exactly: a number, 0 for splats alone, or `all`, which leaves the splats unused."""
+    """Tokens seen exactly: a number, 0 for none, or `all`, which leaves the splats unused."""
     kept: int | None = None
     """Keys beyond the window that each head sees exactly."""
     importance: Literal["norm", "learned"] | None = None

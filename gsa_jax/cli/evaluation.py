@@ -37,7 +37,7 @@ class Eval(TextCommand):
     task: Literal["perplexity", "passkey"] = "perplexity"
     """Predict the text; or find a number hidden in it, at 1, 2, 4 and 8 times the training length."""
     window: int | Literal["all"] | None = None
-    """Tokens that splat layers see exactly: a number, or 0 for splats alone. By default the checkpoint's."""
+    """Tokens that splat layers see exactly: a number, or 0 for none. By default the checkpoint's."""
     kept: int | None = None
     """Keys beyond the window that each head of a splat layer sees exactly. By default the checkpoint's."""
     context: int | None = None

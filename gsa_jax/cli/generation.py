@@ -67,7 +67,7 @@ class Generate(Command):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and computation."""
     window: int | Literal["all"] | None = None
-    """Tokens that splat layers see exactly: a number, 0 for splats alone, or `all`. By default the checkpoint's."""
+    """Tokens that splat layers see exactly: a number, 0 for none, or `all`. By default the checkpoint's."""
 
     kept: int | None = None
     """Keys beyond the window that each head of a splat layer sees exactly. By default the checkpoint's."""

@@ -25,7 +25,7 @@ from gsa_jax.checkpoint import load_tensors
 from gsa_jax.config import GPTNeoConfig, require_seed
 from gsa_jax.errors import InputError
 from gsa_jax.evaluation.perplexity import cross_entropy
-from gsa_jax.fitting.placing import fit_layer, fit_layers
+from gsa_jax.fitting.placing import fit_layer, fit_layers, splat_tensors
 from gsa_jax.fitting.statistics import (
     AttentionRows,
     Projections,
@@ -37,7 +37,6 @@ from gsa_jax.fitting.statistics import (
     splat_scores,
     take_rows,
 )
-from gsa_jax.ops import Splats
 from gsa_jax.parameters import attention_tensor, build_model, expected_shapes, without_splats
 from gsa_jax.progress import Progress
 from gsa_jax.splat_config import LayerSplats, SplatConfig
@@ -207,14 +206,6 @@ def with_splats(splats: SplatConfig, choice: Sequence[LayerSplats]) -> SplatConf
 def with_choice(config: GPTNeoConfig, splats: SplatConfig, choice: Sequence[LayerSplats]) -> GPTNeoConfig:
     """The model's configuration with these splats and numbers."""
     return dataclasses.replace(config, splats=with_splats(splats, choice))
-
-
-def splat_tensors(layer: int, splats: Splats) -> dict[str, np.ndarray]:
-    """The parameters of a layer's splats by their names."""
-    terms = {field.name: getattr(splats, field.name) for field in dataclasses.fields(splats)}
-    return {
-        attention_tensor(layer, f"splat_{name}"): np.asarray(term) for name, term in terms.items() if term is not None
-    }
 
 
 def cheapest(

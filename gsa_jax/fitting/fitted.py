@@ -18,7 +18,7 @@ from gsa_jax.config import GPTNeoConfig, require_seed
 from gsa_jax.errors import InputError
 from gsa_jax.files import refuse_existing
 from gsa_jax.fitting.importance import HeadImportance
-from gsa_jax.fitting.placing import HeadFit, fit_layers, learn_importance
+from gsa_jax.fitting.placing import HeadFit, fit_layers, learn_importance, splat_tensors
 from gsa_jax.fitting.statistics import calibration_tokens, projections
 from gsa_jax.ops import no_splats
 from gsa_jax.parameters import attention_tensor, build_model, expected_shapes, is_splat, without_splats
@@ -98,10 +98,7 @@ def fit_init(
     layers = fit_layers(build_model(plain, kept), config, input_ids, mask, seed)
     for _ in progress([f"layer {layer}" for layer in config.splat_layers]):
         layer, layer_splats, layer_heads, layer_importances = next(layers)
-        for term in dataclasses.fields(layer_splats):
-            array = getattr(layer_splats, term.name)
-            if array is not None:
-                fitted[attention_tensor(layer, f"splat_{term.name}")] = np.asarray(array)
+        fitted |= splat_tensors(layer, layer_splats)
         heads.extend(layer_heads)
         importances.extend(layer_importances)
     return _saved(folder, out, text, config, kept, fitted, mask, seed, heads, importances)

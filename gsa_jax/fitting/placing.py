@@ -34,6 +34,7 @@ from gsa_jax.fitting.statistics import (
 )
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.ops import Splats, no_splats
+from gsa_jax.parameters import attention_tensor
 from gsa_jax.splat_config import LayerSplats, SplatConfig, Window
 
 ENTROPY_BAND = (0.2, 0.9)
@@ -102,6 +103,14 @@ def fit_layers(
     """
     for layer, projected in projections(model, input_ids, attention_mask, config.splat_layers):
         yield layer, *fit_layer(config, layer, projected, attention_mask, model.config.windows[layer], seed)
+
+
+def splat_tensors(layer: int, splats: Splats) -> dict[str, np.ndarray]:
+    """The parameters of a layer's splats by their names."""
+    terms = {field.name: getattr(splats, field.name) for field in dataclasses.fields(splats)}
+    return {
+        attention_tensor(layer, f"splat_{name}"): np.asarray(term) for name, term in terms.items() if term is not None
+    }
 
 
 def fit_layer(
