@@ -4,7 +4,6 @@ May be changed here: how small they are.
 """
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from gsa_jax.checkpoint import open_tokenizer
-from helpers.hf_gpt2 import hf_gpt2, write_gpt2
+from helpers.hf_gpt2 import hf_gpt2, with_tokenizer, write_gpt2
 from helpers.texts import STORIES, TOLD
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
@@ -24,9 +23,7 @@ STEPS = "--steps 3 --batch-size 2 --optimizer.learning-rate 1e-3"
 
 def test_every_stage_has_its_row(tmp_path: Path, story_neo: Path) -> None:
     theirs = hf_gpt2(vocab_size=1024)
-    source = write_gpt2(tmp_path / "source", theirs)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(story_neo / name, source / name)
+    source = with_tokenizer(write_gpt2(tmp_path / "source", theirs), story_neo)
     out = tmp_path / "out"
     arguments = ["--model", source, "--text", TOLD, "--eval-text", STORIES, "--out", out]
     arguments += ["--hybrid", "--num-splats 4 --window 8", "--pure", "--num-splats 4 --window 0"]

@@ -4,30 +4,26 @@ May be changed here: what is done with it. The exact model is `test_gpt2.py`, th
 `test_pytorch_model.py`.
 """
 
-import dataclasses
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
-from flax import nnx
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-from gsa_jax import GPTNeoForCausalLM, SplatConfig, generate, load
-from gsa_jax.checkpoint import load_tensors, save
+from gsa_jax import SplatConfig, generate, load
+from gsa_jax.checkpoint import load_tensors, open_tokenizer, save
 from gsa_jax.convert import convert, export
 from gsa_jax.convert.verify import verify
-from gsa_jax.parameters import build_model, is_splat, named_parameters
+from gsa_jax.parameters import build_model, named_parameters
 from helpers.bits import assert_same_tensors
 from helpers.hf_folders import read_safetensors
-from helpers.hf_gpt2 import hf_gpt2, tensors_of, write_gpt2
+from helpers.hf_gpt2 import EAGER, hf_gpt2, tensors_of, with_splats, with_tokenizer, write_gpt2
 from helpers.hf_oracle import torch_logits
 from helpers.hf_splats import hf_splat_model
 from helpers.texts import STORIES, TOLD
@@ -64,19 +60,6 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def with_splats(theirs: Any, folder: Path, splats: SplatConfig) -> GPTNeoForCausalLM:
-    """The same model with splats that are random in every parameter, wide enough for its keys to reach them."""
-    convert(write_gpt2(folder / "source", theirs), folder / "plain")
-    config, tensors = load_tensors(folder / "plain")
-    config, random = dataclasses.replace(config, splats=splats), np.random.default_rng(0)
-    drawn = {}
-    for name, tensor in named_parameters(GPTNeoForCausalLM(config, rngs=nnx.Rngs(0))).items():
-        if is_splat(name):
-            centre = 0.7 if name.endswith("log_scales") else 0.0
-            drawn[name] = jnp.asarray(centre + 0.2 * random.normal(size=tensor.shape), jnp.float32)
-    return build_model(config, tensors | drawn)
-
-
 @pytest.mark.parametrize(("mode", "shape"), GRID)
 def test_pytorch_computes_the_same(tmp_path: Path, mode: str, shape: str) -> None:
     model = with_splats(hf_gpt2(**SHAPES[shape]), tmp_path, MODES[mode])
@@ -89,29 +72,35 @@ def test_pytorch_computes_the_same(tmp_path: Path, mode: str, shape: str) -> Non
         assert relative_rms(np.asarray(exact(ids, mask))[mask], expected) > 1e-2
 
 
+def read_text(folder: Path, text: Path) -> np.ndarray:
+    """The first rows of a text that hold as many tokens as the model has positions for."""
+    ids = open_tokenizer(folder)(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    return np.asarray(ids[: 8 * 64], np.int32).reshape(8, 64)
+
+
 @pytest.mark.slow
 def test_from_the_command_line_to_pytorch_and_back(
     standard_promotion: None, run_gsa: Any, tmp_path: Path, story_neo: Path
 ) -> None:
-    """Made by Hugging Face, converted, placed, distilled, scored, exported, and loaded by PyTorch."""
+    """Made by Hugging Face, converted, placed by the preset, distilled, scored, exported, and loaded by PyTorch."""
     theirs = hf_gpt2(vocab_size=1024, n_embd=64, n_head=1)
-    source = write_gpt2(tmp_path / "source", theirs)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(story_neo / name, source / name)
+    source = with_tokenizer(write_gpt2(tmp_path / "source", theirs), story_neo)
     run, told = tmp_path / "run", ["--text", TOLD]
-    fitted = ["--num-splats", 4, "--window", 8]
-    few = ["--steps", 4, "--batch-size", 2]
+    fitted = ["--preset", "hybrid", "--window", 8, "--kept", 6]
+    distilled = ["--steps", 60, "--optimizer.splat-learning-rate", 0.02]
+    tuned = ["--steps", 4, "--batch-size", 2, "--max-positions", 96]
     for command in (
         ["convert", source, tmp_path / "plain"],
         ["verify", source, tmp_path / "plain", "--text", STORIES],
         ["fit-init", tmp_path / "plain", tmp_path / "fitted", *told, *fitted],
-        ["train", "distill", tmp_path / "fitted", run, *told, *few],
-        ["train", "finetune", run / "model", tmp_path / "tuned", *told, *few],
+        ["train", "distill", tmp_path / "fitted", run, *told, *distilled],
+        ["train", "finetune", run / "model", tmp_path / "tuned", *told, *tuned],
         ["eval", run / "model", "--text", STORIES, "--json", tmp_path / "scores.json"],
         ["diagnose", run / "model", "--text", STORIES],
         ["generate", run / "model", "--prompt", "Once upon a time", "--max-new-tokens", 5],
         ["export", run / "model", tmp_path / "exported"],
         ["export", run / "model", tmp_path / "exact", "--exact"],
+        ["export", tmp_path / "tuned" / "model", tmp_path / "longer", "--exact"],
         ["convert", tmp_path / "exported", tmp_path / "again"],
         ["export", tmp_path / "again", tmp_path / "exact again", "--exact"],
     ):
@@ -121,8 +110,13 @@ def test_from_the_command_line_to_pytorch_and_back(
     assert arms["hybrid"]["perplexity_ratio"]["value"] != 1 and arms["exact"]["perplexity_ratio"]["value"] == 1
 
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", trust_remote_code=True)
-    ids = random_ids(2, 2, 40)
+    ids = read_text(source, STORIES)
     assert relative_rms(load(run / "model")(ids), torch_logits(model.eval(), ids)) < 1e-5
+    placed_error, error = (
+        relative_rms(load(checkpoint)(ids), torch_logits(theirs, ids))
+        for checkpoint in (tmp_path / "fitted", run / "model")
+    )
+    assert error < 0.8 * placed_error
     prompt = random_ids(3, 1, 20)
     with torch.no_grad():
         expected = model.generate(torch.from_numpy(prompt).long(), max_new_tokens=12, do_sample=False, pad_token_id=0)
@@ -139,6 +133,8 @@ def test_from_the_command_line_to_pytorch_and_back(
         assert json.loads((tmp_path / exported / "config.json").read_text())["model_type"] == "gpt2"
     comparisons = verify(tmp_path / "exported", run / "model")
     assert [comparison.agrees for comparison in comparisons] == [True]
+    longer, ids = GPT2LMHeadModel.from_pretrained(tmp_path / "longer", **EAGER), random_ids(4, 1, 96)
+    assert relative_rms(load(tmp_path / "tuned" / "model", window="all")(ids), torch_logits(longer, ids)) < 1e-5
     convert(tmp_path / "exact", tmp_path / "from exact")
     (config, tensors), (own_config, own_tensors) = (load_tensors(x) for x in (tmp_path / "from exact", run / "model"))
     assert config == own_config

@@ -1,16 +1,25 @@
-"""Tiny random GPT-2s of Hugging Face PyTorch, and folders with them in every form that a conversion has to read.
+"""Tiny random GPT-2s of Hugging Face PyTorch, folders with them in every form that a conversion reads, and splats.
 
 May be changed here: their shape, and how their weights are drawn.
 """
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import torch
+from flax import nnx
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gsa_jax import GPTNeoForCausalLM, SplatConfig
+from gsa_jax.checkpoint import load_tensors
+from gsa_jax.convert import convert
+from gsa_jax.parameters import build_model, is_splat, named_parameters
 from helpers.hf_folders import Tensors
 
 SHAPE: dict[str, Any] = {
@@ -81,3 +90,23 @@ def write_gpt2(
         index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
         (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
+
+
+def with_tokenizer(folder: Path, story_neo: Path) -> Path:
+    """The folder with the bundled model's tokenizer, of 1,024 tokens, described as GPT-2's own is."""
+    shutil.copyfile(story_neo / "tokenizer.json", folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}', encoding="utf-8")
+    return folder
+
+
+def with_splats(theirs: GPT2LMHeadModel, folder: Path, splats: SplatConfig) -> GPTNeoForCausalLM:
+    """The same model with splats that are random in every parameter, wide enough for its keys to reach them."""
+    convert(write_gpt2(folder / "source", theirs), folder / "plain")
+    config, tensors = load_tensors(folder / "plain")
+    config, random = dataclasses.replace(config, splats=splats), np.random.default_rng(0)
+    drawn = {}
+    for name, tensor in named_parameters(GPTNeoForCausalLM(config, rngs=nnx.Rngs(0))).items():
+        if is_splat(name):
+            centre = 0.7 if name.endswith("log_scales") else 0.0
+            drawn[name] = jnp.asarray(centre + 0.2 * random.normal(size=tensor.shape), jnp.float32)
+    return build_model(config, tensors | drawn)
