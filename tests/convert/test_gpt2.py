@@ -47,19 +47,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 SLOW = pytest.mark.slow
-SLOW_MODELS = (
-    "heads of 64",
-    "unscaled",
-    "scaled by layer alone",
-    "upcast",
-    "relu",
-    "exact gelu",
-    "silu",
-    "large epsilon",
-    "narrow mlp",
-)
+FAST_MODELS = ("scaled by layer",)
+FAST_FORMS = ("bin", "safetensors in shards")
 
-GRID = [pytest.param(name, marks=SLOW) if name in SLOW_MODELS else name for name in MODELS]
+GRID = [name if name in FAST_MODELS else pytest.param(name, marks=SLOW) for name in MODELS]
 
 
 def ours(theirs: GPT2LMHeadModel, folder: Path, **options: Any) -> GPTNeoForCausalLM:
@@ -99,7 +90,8 @@ def test_logits_equal_flax(standard_promotion: None, tmp_path: Path, name: str) 
     assert relative_rms(got[mask], np.asarray(expected)[mask]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["heads of 80", pytest.param("heads of 64", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["heads of 80", "heads of 64"])
 def test_as_close_to_float64_as_pytorch_is(tmp_path: Path, name: str) -> None:
     theirs, ids = hf_gpt2(**MODELS[name]), random_ids(2, 2, 40)
     got, their_own = ours(theirs, tmp_path)(ids), torch_logits(theirs, ids)
@@ -107,7 +99,8 @@ def test_as_close_to_float64_as_pytorch_is(tmp_path: Path, name: str) -> None:
     assert relative_rms(got, exact) < max(2 * relative_rms(their_own, exact), 1e-6)
 
 
-@pytest.mark.parametrize("name", ["heads of 80", *(pytest.param(f"heads of {n}", marks=SLOW) for n in (64, 48))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["heads of 80", "heads of 64", "heads of 48"])
 def test_bfloat16_stays_near_pytorch(standard_promotion: None, tmp_path: Path, name: str) -> None:
     theirs, ids = hf_gpt2(**MODELS[name]), random_ids(3, 2, 40)
     expected = torch_logits(theirs, ids)
@@ -116,7 +109,8 @@ def test_bfloat16_stays_near_pytorch(standard_promotion: None, tmp_path: Path, n
     assert relative_rms(logits, expected) < 1.5 * their_error
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_powers_of_two_give_the_bits_of_scaled_weights(standard_promotion: None, tmp_path: Path, dtype: str) -> None:
     """Heads of 64: whether the scale is in the projections or behind them is no matter."""
     model = ours(hf_gpt2(**MODELS["heads of 64"]), tmp_path)
@@ -143,6 +137,7 @@ def test_queries_and_keys_share_the_scale(head_dim: int, by_layer: bool) -> None
     assert dataclasses.replace(config, scale_attn_weights=False).score_scales(0) == (1, 1)
 
 
+@pytest.mark.slow
 def test_cache_equals_no_cache(tmp_path: Path) -> None:
     model = ours(hf_gpt2(**MODELS["heads of 80"]), tmp_path)
     ids, mask = random_ids(5, 2, 30), np.ones((2, 30), bool)
@@ -156,7 +151,8 @@ def test_cache_equals_no_cache(tmp_path: Path) -> None:
         logits, cache = extend(params, ids[:, step : step + 1], np.ones((2, 1), bool), cache)
 
 
-@pytest.mark.parametrize("name", ["heads of 48", *(pytest.param(f"heads of {n}", marks=SLOW) for n in (64, 80))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["heads of 80", "heads of 64", "heads of 48"])
 def test_greedy_equals_hugging_face(tmp_path: Path, name: str) -> None:
     """A batch of different lengths, token for token."""
     theirs = hf_gpt2(**MODELS[name])
@@ -179,9 +175,14 @@ FORMS = {
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, *(pytest.param(x, marks=SLOW) for x in (torch.float32, torch.float16))], ids=str
+    ("form", "dtype"),
+    [
+        pytest.param(form, dtype, marks=() if form in FAST_FORMS and dtype == torch.bfloat16 else SLOW)
+        for form in FORMS
+        for dtype in (torch.bfloat16, torch.float32, torch.float16)
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("form", FORMS)
 def test_there_and_back_every_tensor_is_the_same(tmp_path: Path, form: str, dtype: torch.dtype) -> None:
     theirs = hf_gpt2()
     tensors = tensors_of(theirs, dtype)
@@ -318,7 +319,8 @@ def test_the_configuration_survives(tmp_path: Path) -> None:
     assert "attention_types" not in written and "window_size" not in written and "num_heads" not in written
 
 
-@pytest.mark.parametrize("name", ["heads of 64", pytest.param("unscaled", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["heads of 64", "unscaled"])
 def test_verify_agrees_and_notices(standard_promotion: None, tmp_path: Path, name: str) -> None:
     """Hugging Face's Flax is asked where it computes what the configuration says."""
     source = write_gpt2(tmp_path / "source", hf_gpt2(**MODELS[name]))

