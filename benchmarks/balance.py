@@ -1,8 +1,8 @@
 """What it costs splats when keys are longer than queries: `python benchmarks/balance.py --out FOLDER`.
 
 The bundled model's queries are divided by a number, and its keys multiplied by it: its exact scores stay what they are.
-Splats are placed on the first half of the bundled stories, and scored on the second. Prints the ratio of perplexity to
-the exact model for each window, and writes benchmarks/results/balance.json.
+Splats, without kept keys, are placed on the first half of the bundled stories, and scored on the second. Prints the
+ratio of perplexity to the exact model for each window, and writes benchmarks/results/balance.json.
 
 May be changed here: how unlike the lengths are, and the windows.
 """
@@ -22,6 +22,7 @@ from gsa_jax.convert import convert
 from gsa_jax.evaluation.perplexity import cross_entropy
 from gsa_jax.fitting import fit_init
 from gsa_jax.parameters import without_splats
+from gsa_jax.splat_config import SplatConfig
 from gsa_jax.text import read_documents, text_rows
 from gsa_jax.text_files import DOCUMENT_SEPARATOR
 
@@ -29,6 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "balance.json"
 LONGER = (1, 2, 8)
 """How many times as long as they are, relative to queries, keys become."""
 WINDOWS = (64, 16, 0)
+SPLATS = SplatConfig(num_splats=64, window=64, norm_gain=True, far_gain=True)
 
 
 def stretched(plain: Path, out: Path, longer: int) -> None:
@@ -53,7 +55,7 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     for longer in LONGER:
         stretched(out / "plain", out / f"keys-{longer}", longer)
-        fit_init(out / f"keys-{longer}", out / f"splats-{longer}", out / "placing.txt")
+        fit_init(out / f"keys-{longer}", out / f"splats-{longer}", out / "placing.txt", splats=SPLATS)
         config, tensors = load_tensors(out / f"splats-{longer}")
         rows = text_rows(read_documents(out / "held-out.txt"), open_tokenizer(out / "plain"), config)
         exact = cross_entropy(without_splats(config, tensors), rows)

@@ -26,7 +26,8 @@ def test_every_stage_has_its_row(tmp_path: Path, story_neo: Path) -> None:
     source = with_tokenizer(write_gpt2(tmp_path / "source", theirs), story_neo)
     out = tmp_path / "out"
     arguments = ["--model", source, "--text", TOLD, "--eval-text", STORIES, "--out", out]
-    arguments += ["--hybrid", "--num-splats 4 --window 8", "--pure", "--num-splats 4 --window 0"]
+    arguments += ["--hybrid", "--preset hybrid --num-splats 4 --window 8 --kept 4"]
+    arguments += ["--pure", "--num-splats 4 --window 0 --kept 0 --importance norm"]
     arguments += ["--distill", STEPS, "--finetune", STEPS]
     ended = subprocess.run(
         [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=tmp_path
@@ -37,7 +38,8 @@ def test_every_stage_has_its_row(tmp_path: Path, story_neo: Path) -> None:
     assert list(rows) == ["exact", "exact, fine-tuned", *stages]
     for stage in stages:
         assert rows[stage]["ratios"]["hybrid"]["value"] > 0 and stage in ended.stdout
-        assert ("window-only" in rows[stage]["ratios"]) == stage.startswith("hybrid")
+        controls = {"window-only", "without-splats", "without-kept"} if stage.startswith("hybrid") else set()
+        assert rows[stage]["ratios"].keys() == {"hybrid", *controls}
         exact = rows["exact, fine-tuned" if stage.endswith("fine-tuned") else "exact"]
         assert rows[stage]["exact_perplexity"] == pytest.approx(exact["exact_perplexity"], rel=1e-6)
     assert "published: Hedgehog, fine-tuned" in ended.stdout
