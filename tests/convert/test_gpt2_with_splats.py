@@ -141,3 +141,13 @@ def test_splats_travel_without_their_model(tmp_path: Path) -> None:
     convert(tmp_path / "source", tmp_path / "together", splats=tmp_path / "alone")
     ids = random_ids(4, 1, 20)
     np.testing.assert_array_equal(load(tmp_path / "together")(ids), model(ids))
+
+
+@pytest.mark.slow
+def test_gpt2s_own_class_does_not_load_an_export(tmp_path: Path) -> None:
+    """Whose `config.json` does not name its fields: it takes its defaults, which are those of the smallest GPT-2."""
+    model = with_splats(hf_gpt2(n_embd=24, n_layer=12, n_head=12), tmp_path, SplatConfig(num_splats=2, window=3))
+    save(tmp_path / "splats", model.config, named_parameters(model), copied=[])
+    export(tmp_path / "splats", tmp_path / "exported")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        GPT2LMHeadModel.from_pretrained(tmp_path / "exported")
