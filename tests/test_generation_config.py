@@ -62,7 +62,7 @@ def test_the_end_is_the_models_where_the_file_has_none(tmp_path: Path) -> None:
     assert read_generation_config(tmp_path, config).eos_token_id == (5, 6)
     (tmp_path / "generation_config.json").write_text("{}")
     assert read_generation_config(tmp_path, config).eos_token_id == (5, 6)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}', encoding="utf-8-sig")
     assert read_generation_config(tmp_path, config).eos_token_id == ()
 
 

@@ -77,6 +77,41 @@ def test_fields_that_say_the_same_or_nothing_are_no_matter(harmless) -> None:
     assert read(**harmless) == tiny_config()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": False},
+        {"is_encoder_decoder": True},
+        {"add_cross_attention": True},
+        {"pruned_heads": {"0": [1]}},
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_theta": 10_000.0},
+        {"rotary_dim": 64},
+        {"position_embedding_type": "relative_key"},
+        {"scale_attn_weights": True},
+        {"attention_multiplier": 0.125},
+        {"logit_scale": 0.5},
+        {"attn_logit_softcapping": 50.0},
+        {"use_parallel_residual": True},
+        {"multi_query": True},
+        {"alibi": True},
+        {"num_experts": 8},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_fields_that_make_it_another_model_are_refused_by_name(changes) -> None:
+    with pytest.raises(InputError, match=f"^{next(iter(changes))} = .* not supported$"):
+        read(**changes)
+
+
+@pytest.mark.parametrize("changes", [{"n_head": 2}, {"d_model": 64}, {"hidden_act": "relu"}, {"sliding_window": 99}])
+def test_another_models_name_for_a_field_must_not_contradict_it(changes) -> None:
+    with pytest.raises(InputError, match=f"^{next(iter(changes))} = .* is no field of GPT-Neo and contradicts"):
+        read(**changes)
+
+
 def test_a_byte_order_mark_is_dropped(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SETTINGS | {"model_type": "gpt_neo"}), encoding="utf-8-sig")
     assert read_config(tmp_path / "config.json") == tiny_config()

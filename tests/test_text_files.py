@@ -263,6 +263,9 @@ def refused(path: Path, content: bytes, field: str = "text") -> str:
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer"),
         ("a.json", b'[{"text": "one"}]', ".json is not read; give .jsonl"),
         ("a.csv.gz", gzip.compress(b"text\none\n"), ".csv is not read; give .jsonl"),
+        ("a.tsv", b"text\tlabel\none\t1\n", ".tsv is not read; give .jsonl"),
+        ("a.NDJSON", b'{"text": "one"}\n', ".ndjson is not read; give .jsonl"),
+        ("a.arrow", b"ARROW1\x00\x00", ".arrow is not read; give .jsonl"),
         ("a.parquet", b"PAR1", "not a Parquet file that can be read"),
     ],
 )
