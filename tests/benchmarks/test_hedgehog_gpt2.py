@@ -18,11 +18,11 @@ from helpers.texts import STORIES, TOLD
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "hedgehog_gpt2.py"
-STEPS = "--steps 3 --batch-size 2 --optimizer.learning-rate 1e-3"
+STEPS = "--steps 2 --batch-size 2 --optimizer.learning-rate 1e-3"
 
 
 def test_every_stage_has_its_row(tmp_path: Path, story_neo: Path) -> None:
-    theirs = hf_gpt2(vocab_size=1024)
+    theirs = hf_gpt2(vocab_size=1024, n_layer=1)
     source = with_tokenizer(write_gpt2(tmp_path / "source", theirs), story_neo)
     out = tmp_path / "out"
     arguments = ["--model", source, "--text", TOLD, "--eval-text", STORIES, "--out", out]
