@@ -39,7 +39,7 @@ def test_every_stage_has_its_row(tmp_path: Path, story_neo: Path) -> None:
     for stage in stages:
         assert rows[stage]["ratios"]["hybrid"]["value"] > 0 and stage in ended.stdout
         controls = {"window-only", "without-splats", "without-kept"} if stage.startswith("hybrid") else set()
-        assert rows[stage]["ratios"].keys() == {"hybrid", *controls}
+        assert rows[stage]["ratios"].keys() == {"hybrid", "none", *controls}
         exact = rows["exact, fine-tuned" if stage.endswith("fine-tuned") else "exact"]
         assert rows[stage]["exact_perplexity"] == pytest.approx(exact["exact_perplexity"], rel=1e-6)
     assert "published: Hedgehog, fine-tuned" in ended.stdout
