@@ -19,6 +19,7 @@ class MappedSelfAttention(GPTNeoSelfAttention):
 
     def __init__(self, exact: GPTNeoSelfAttention, maps: Mapping[str, jax.Array]) -> None:
         self.num_heads, self.head_dim, self.window, self.kept = exact.num_heads, exact.head_dim, 0, 0
+        self.query_scale, self.key_scale = exact.query_scale, exact.key_scale
         self.attention_implementation = exact.attention_implementation
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = exact.q_proj, exact.k_proj, exact.v_proj, exact.out_proj
         for name, value in maps.items():

@@ -105,27 +105,27 @@ def main() -> None:
         held_out += f" --max-documents {row.documents}"
     attach = f"convert {MODEL} {fitted}" if row.random else f"fit-init {plain} {fitted} {text}"
     make(fitted, f"{attach} {row.attach}" + ("" if row.random else f" {seed}"))
-    found = {"fitted": _scores(fitted, folder / "fitted.json", held_out)}
+    found = {"fitted": scores(fitted, folder / "fitted.json", held_out)}
     distilled = train(folder / "distilled", f"distill {fitted}", f"{text} {row.distill} {seed}")
-    found["distilled"] = _scores(distilled, folder / "distilled.json", held_out)
+    found["distilled"] = scores(distilled, folder / "distilled.json", held_out)
     if row.again is not None:
         anew = folder / "importance"
         make(anew, f"fit-init {distilled} {anew} {text} --only-importance {seed}")
         distilled = train(folder / "distilled-again", f"distill {anew}", f"{text} {row.again} {seed}")
-        found["distilled again"] = _scores(distilled, folder / "distilled-again.json", held_out)
+        found["distilled again"] = scores(distilled, folder / "distilled-again.json", held_out)
     if row.finetune_steps is not None:
         # The control has the same tokens, the same objective and the same teacher.
         options = f"{text} --steps {row.finetune_steps} {FINETUNE} {seed}"
         control = f"exact-{row.finetune_steps}" + (f"-{given.seed}" if given.seed else "")
         exact = train(given.out / control, f"finetune {plain}", options)
         tuned = train(folder / "finetuned", f"finetune {distilled}", options)
-        found["finetuned"] = _scores(tuned, folder / "finetuned.json", f"{held_out} --reference {exact}")
+        found["finetuned"] = scores(tuned, folder / "finetuned.json", f"{held_out} --reference {exact}")
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     name = f"{given.model.parent.name}: {name}" if given.model else name
     results[name] = {"options": dataclasses.asdict(row), **found}
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    for stage, scores in found.items():
-        print(stage, json.dumps(scores))
+    for stage, of_stage in found.items():
+        print(stage, json.dumps(of_stage))
 
 
 def train(run: Path, what: str, options: str) -> Path:
@@ -140,7 +140,7 @@ def has_splats(checkpoint: Path) -> bool:
     return splats is not None and splats.has_splats
 
 
-def _scores(checkpoint: Path, out: Path, options: str) -> dict[str, Any]:
+def scores(checkpoint: Path, out: Path, options: str) -> dict[str, Any]:
     """Perplexity ratios of the arms, with their intervals, and the share of the gap that is closed."""
     make(out, f"eval {checkpoint} --json {out} {options}")
     values = json.loads(out.read_text(encoding="utf-8"))

@@ -31,13 +31,12 @@ def load_ours(folder: str, dtype: str) -> Any:
     """Our model of it."""
     import dataclasses
 
-    from gsa_jax.convert.importer import read_tensors
-    from gsa_jax.convert.names import plan
+    from gsa_jax.convert.importer import plan_source, read_tensors
     from gsa_jax.convert.reader import open_source
     from gsa_jax.parameters import build_model
 
     source = open_source(folder)
-    planned = plan(source.config, {name: tensor.shape for name, tensor in source.tensors.items()})
+    planned = plan_source(source)
     config = dataclasses.replace(planned.config, dtype=dtype)
     return build_model(config, read_tensors(source, planned), param_dtype=dtype)
 

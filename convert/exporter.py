@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from gsa_jax.checkpoint import CONFIG_FILE, REPORT_FILE, copy_files, load_tensors, tokenizer_files
 from gsa_jax.config import carried_fields, read_config_values
 from gsa_jax.convert import pytorch
+from gsa_jax.convert.donors import LAYOUTS
 from gsa_jax.convert.names import EXPORT_LEAVES, export_names
 from gsa_jax.convert.splat_folder import write_splats
 from gsa_jax.errors import InputError
@@ -43,11 +44,13 @@ def export(checkpoint: str | Path, out: str | Path, *, exact: bool = False, spla
     """Writes a folder that `transformers` 4 and 5 load, every tensor bit for bit; all or nothing.
 
     A model with splats goes with its code, `gsa_jax.convert.pytorch`, and `AutoModelForCausalLM` computes through the
-    splats if it is given `trust_remote_code=True`; otherwise it refuses to load, as GPT-Neo's own classes do.
+    splats if it is given `trust_remote_code=True`; otherwise it refuses to load, as GPT-Neo's own classes do. That code
+    names tensors as we do, whatever the donor.
 
     Args:
-        exact: write a plain GPT-Neo. Splats go along, under the names of the dialect that they were imported from, or
-            `gsa_splat_centers` and `gsa_splat_log_scales`; `transformers` reports them as unused.
+        exact: write a plain model, as the donor's (GPT-Neo or GPT-2) is stored. Splats go along, under the names of the
+            dialect that they were imported from, or `gsa_splat_centers` and `gsa_splat_log_scales`; `transformers`
+            reports them as unused.
         splats_only: write the splats alone, for `gsa_jax.convert.convert(splats=out)` to put beside the model again.
 
     Raises:
@@ -62,12 +65,13 @@ def export(checkpoint: str | Path, out: str | Path, *, exact: bool = False, spla
         return ExportReport(len(splats), sum(tensor.nbytes for tensor in splats.values()), "plain", "splats")
     through_splats = config.splats is not None and not exact
     if through_splats:
-        dialect, names, values = "plain", {name: name for name in tensors}, config.to_hf_with_splats()
+        dialect, exported, values = "plain", tensors, config.to_hf_with_splats()
         values["auto_map"] = pytorch.AUTO_MAP
         code = [Path(pytorch.__file__).parent / name for name in pytorch.CODE_FILES]
     else:
         dialect, code = _dialect(checkpoint), []
         names, values = export_names(list(tensors), dialect), config.to_hf()
+        exported = LAYOUTS[config.donor].write({names[name]: tensor for name, tensor in tensors.items()})
         dialect = "none" if config.splats is None else "gsa" if dialect == "plain" else dialect
     total = sum(tensor.nbytes for tensor in tensors.values())
     dtypes = [str(tensor.dtype) for tensor in tensors.values()]
@@ -75,12 +79,12 @@ def export(checkpoint: str | Path, out: str | Path, *, exact: bool = False, spla
     carried = carried_fields(read_config_values(checkpoint / CONFIG_FILE))
     values = carried | values | {"torch_dtype": max(set(dtypes), key=dtypes.count)}
     with new_folder(out, needed_bytes=total) as staging:
-        exported = {names[name]: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-        save_file(exported, staging / "model.safetensors", metadata={"format": "pt"})
+        contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in exported.items()}
+        save_file(contiguous, staging / "model.safetensors", metadata={"format": "pt"})
         (staging / "model.safetensors").chmod(0o644)  # the writer makes it private
         copy_files([*tokenizer_files(checkpoint), *code], staging)
         (staging / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    return ExportReport(len(tensors), total, dialect, "model with splats" if through_splats else "exact model")
+    return ExportReport(len(exported), total, dialect, "model with splats" if through_splats else "exact model")
 
 
 def _dialect(checkpoint: Path) -> str:

@@ -90,7 +90,7 @@ def convert(
     subfolder: str | None = None,
     progress: Progress = iter,
 ) -> ConversionReport:
-    """Converts a PyTorch GPT-Neo into a checkpoint folder; all or nothing.
+    """Converts a PyTorch GPT-Neo or GPT-2 into a checkpoint folder; all or nothing.
 
     Tensors are read one by one; memory peaks at the output plus the largest tensor.
 
@@ -150,7 +150,7 @@ class Conversion:
     @property
     def source_bytes(self) -> int:
         """Of the tensors that come from the source, in the dtype that they are converted to."""
-        stored = [self.opened.tensors[name] for name in self.planned.sources.values()]
+        stored = [self.opened.tensors[name] for name in _tensors_used(self.planned)]
         return sum(tensor.size * jnp.dtype(self.dtype or tensor.dtype).itemsize for tensor in stored)
 
     def read(self, progress: Progress = iter) -> dict[str, np.ndarray]:
@@ -188,20 +188,31 @@ def open_conversion(
     """Finds out which tensor of a source is which parameter; the arguments are those of `convert`.
 
     Raises:
-        InputError: the source is not a GPT-Neo, or does not go with what is to be added to it.
+        InputError: the source is not of a donor, or does not go with what is to be added to it.
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
     require_backend()
     copied = _copied_files(opened.folder, tokenizer, opened.config)
     try:
-        planned = plan(opened.config, {name: tensor.shape for name, tensor in opened.tensors.items()})
+        planned = plan_source(opened)
     except InputError as error:
         files = {tensor.file for tensor in opened.tensors.values()}
         raise InputError(f"{files.pop() if len(files) == 1 else opened.folder}: {error}") from None
     _check_dtypes(opened, planned)
     config, attached = _attach(planned.config, splats, dtype or _common_dtype(opened, planned))
     return Conversion(config, copied, opened, planned, attached, dtype, allow_nonfinite)
+
+
+def plan_source(source: Source) -> Plan:
+    """`plan` of an opened folder; raises as it does."""
+    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+    return plan(source.config, source.model_type, shapes)
+
+
+def _tensors_used(planned: Plan) -> list[str]:
+    """Names in the source of the tensors that parameters lie in."""
+    return list(dict.fromkeys(piece.tensor for piece in planned.sources.values()))
 
 
 def read_tensors(source: Source, planned: Plan) -> dict[str, np.ndarray]:
@@ -213,10 +224,14 @@ def _read(
     opened: Source, planned: Plan, dtype: str | None, allow_nonfinite: bool, progress: Progress
 ) -> Iterator[tuple[str, np.ndarray]]:
     nonfinite: list[str] = []
+    read: np.ndarray | None = None  # the tensor that several parameters lie in, until the last one
     for name in progress(list(planned.sources)):
-        source_name = planned.sources[name]
+        piece = planned.sources[name]
+        source_name = piece.tensor
         tensor = opened.tensors[source_name]
-        array = tensor.read()
+        if read is None:
+            read = tensor.read()
+        array = piece.of(read)
         if planned.tied_head is not None and name == TOKEN_EMBEDDING:
             _check_tied(tensor, opened.tensors[planned.tied_head], array, planned.tied_head)
         if source_name in planned.softmaxed:
@@ -227,6 +242,8 @@ def _read(
                 array = array.astype(jnp.dtype(dtype))
         if not allow_nonfinite and not np.isfinite(array).all():
             nonfinite.append(f"{tensor.file.name}: {source_name} {list(tensor.shape)}")
+        if piece.number + 1 == piece.count:
+            read = None
         yield name, array
     if nonfinite:
         narrowed = f" (after narrowing to {dtype})" if dtype is not None else ""
@@ -240,7 +257,7 @@ def _check_tied(embedding: SourceTensor, head: SourceTensor, array: np.ndarray, 
     if head.shape != embedding.shape or not np.array_equal(head.read(), array, equal_nan=True):
         raise InputError(
             f"{head.file}: {head_name} {list(head.shape)} differs from the token embedding {list(embedding.shape)}; "
-            "a GPT-Neo with an output head of its own is not supported"
+            "a model with an output head of its own is not supported"
         )
 
 
@@ -267,7 +284,7 @@ def _copied_files(folder: Path, tokenizer: Path | None, config: GPTNeoConfig) ->
 def _check_dtypes(opened: Source, planned: Plan) -> None:
     odd = [
         f"{name} is {opened.tensors[name].dtype}"
-        for name in planned.sources.values()
+        for name in _tensors_used(planned)
         if opened.tensors[name].dtype not in DTYPES
     ]
     if odd:
@@ -279,7 +296,7 @@ def _check_dtypes(opened: Source, planned: Plan) -> None:
 
 def _common_dtype(opened: Source, planned: Plan) -> str:
     """The dtype that most parameters have, for the splats that are added to them."""
-    dtypes = [opened.tensors[name].dtype for name in planned.sources.values()]
+    dtypes = [opened.tensors[piece.tensor].dtype for piece in planned.sources.values()]
     return max(DTYPES, key=dtypes.count)
 
 

@@ -1,7 +1,8 @@
 """Which tensor of a PyTorch checkpoint is which parameter, and which is none.
 
-May be changed here: wrappers that are stripped, buffers that are ignored, and the dialects of splat names. Everything
-else has one name on both sides (`gsa_jax.parameters` says which). Pure functions of names and shapes; no file is read.
+May be changed here: wrappers that are stripped, buffers that are ignored, and the dialects of splat names. How a donor
+names and stores everything else is `gsa_jax.convert.donors`; our names are those of `gsa_jax.parameters`. Pure
+functions of names and shapes; no file is read.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import re
 from collections.abc import Mapping
 
 from gsa_jax.config import GPTNeoConfig
+from gsa_jax.convert.donors import LAYOUTS, Piece
 from gsa_jax.errors import InputError, listed
-from gsa_jax.parameters import TOKEN_EMBEDDING, expected_shapes, shape_problems
+from gsa_jax.hf_fields import DONORS
+from gsa_jax.parameters import TOKEN_EMBEDDING, attention_tensor, expected_shapes, shape_problems
 from gsa_jax.splat_config import SplatConfig
 
 _WRAPPERS = (
@@ -27,14 +30,15 @@ _WRAPPERS = (
 """Parts of names that DataParallel, trainers, PEFT, `torch.compile`, Fabric, FSDP and activation checkpointing put
 before a name or inside of it, where a module is wrapped."""
 
-_HEADS = ("score", "classifier", "qa_outputs", "v_head")
+_HEADS = ("score", "classifier", "qa_outputs", "multiple_choice_head", "v_head")
 """First parts of names of heads that stand in for the language model's, or beside it: of Hugging Face's for
 classification and for answering questions, and of TRL's for values."""
 
 _BASE_PREFIX = "transformer."
 LM_HEAD = "lm_head.weight"
 
-_IN_ATTENTION = re.compile(r"transformer\.h\.(\d+)\.attn\.attention\.(\w+)")
+_IN_ATTENTION = re.compile(r"transformer\.h\.(\d+)\.attn\.(?:attention\.)?(\w+)")
+"""What stands beside the projections, in GPT-Neo and in GPT-2."""
 
 _MASK_BUFFERS = ("bias", "masked_bias")
 
@@ -70,7 +74,8 @@ class Plan:
 
     Attributes:
         config: of the model, with the splats that the source carries.
-        sources: our name -> name in the source, for every parameter that the source provides.
+        sources: our name -> the tensor in the source that it lies in, and where, for every parameter that the source
+            provides; parameters of one tensor follow one another.
         dialect: `"plain"` without splats, else a key of `EXPORT_LEAVES`; `"gsa"` covers its extensions as well.
         ignored: name in the source -> why it is left behind.
         softmaxed: names in the source of tensors whose logarithmic softmax over the last axis is the parameter.
@@ -79,7 +84,7 @@ class Plan:
     """
 
     config: GPTNeoConfig
-    sources: dict[str, str]
+    sources: dict[str, Piece]
     dialect: str
     ignored: dict[str, str]
     softmaxed: frozenset[str]
@@ -87,11 +92,12 @@ class Plan:
     wrappers: tuple[str, ...]
 
 
-def plan(config: GPTNeoConfig, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
-    """Assigns every source tensor a parameter or a reason to ignore it.
+def plan(config: GPTNeoConfig, model_type: str, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
+    """Assigns every source tensor parameters or a reason to ignore it.
 
     Args:
         config: from the source's `config.json`.
+        model_type: that it names.
         shapes: name -> shape of every tensor in the source.
 
     Raises:
@@ -99,9 +105,10 @@ def plan(config: GPTNeoConfig, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
             no language model with its weights in place.
     """
     names, wrappers = _canonical_names(shapes)
-    _refuse_other_models(names, shapes)
+    _refuse_other_models(names, shapes, config.donor)
+    layout = LAYOUTS[model_type]
     ignored: dict[str, str] = {}
-    sources: dict[str, str] = {}
+    stored: dict[str, str] = {}
     splat_leaves: set[str] = set()
     softmaxed: set[str] = set()
     for name, source in names.items():
@@ -115,25 +122,31 @@ def plan(config: GPTNeoConfig, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
             splat_leaves.add(leaf)
             if leaf in _SOFTMAXED:
                 softmaxed.add(source)
-            _add(sources, name.removesuffix(leaf) + _SPLAT_LEAVES[leaf], source)
+            assert match is not None, "a leaf comes from a match"
+            _add(stored, attention_tensor(int(match[1]), _SPLAT_LEAVES[leaf]), source)
         else:
-            _add(sources, name, source)
+            _add(stored, name, source)
 
-    tied_head = sources.pop(LM_HEAD, None)
+    tied_head = stored.pop(LM_HEAD, None)
     if tied_head is not None:
-        if TOKEN_EMBEDDING in sources:
+        if TOKEN_EMBEDDING in stored:
             ignored[tied_head] = "tied to the token embedding, and equal to it"
         else:
             # safetensors keeps one of two tied tensors, and some writers keep this one.
-            sources[TOKEN_EMBEDDING], tied_head = tied_head, None
+            stored[TOKEN_EMBEDDING], tied_head = tied_head, None
 
-    config = _with_splats(config, {name: shapes[source] for name, source in sources.items()})
-    found = {name: tuple(shapes[source]) for name, source in sources.items()}
-    expected = expected_shapes(config)
-    problems = shape_problems(expected, found, labels=sources)
+    found = {name: tuple(shapes[source]) for name, source in stored.items()}
+    config = _with_splats(config, found)
+    expected = layout.shapes(expected_shapes(config))
+    problems = shape_problems(expected, found, labels=stored)
     if problems:
         hint = "" if found.keys() & expected.keys() else f"; all of its names are others, such as {next(iter(shapes))}"
         raise InputError(f"{len(problems)} tensors do not fit the config.json: {listed(problems)}{hint}")
+    sources = {
+        ours: dataclasses.replace(piece, tensor=source)
+        for name, source in stored.items()
+        for ours, piece in layout.read(name).items()
+    }
     dialect = "plain"
     if splat_leaves:
         dialect = "unused" if any(leaf.startswith("unused_") for leaf in splat_leaves) else "gsa"
@@ -163,12 +176,12 @@ def _canonical_names(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, s
         wrappers |= dict.fromkeys(part for part in parts if part in _WRAPPERS)
         _add(names, ".".join(part for part in parts if part not in _WRAPPERS), source)
     if not any(name.startswith(_BASE_PREFIX) for name in names):
-        # A base model (GPTNeoModel) was saved, without a head around it.
+        # A base model (GPTNeoModel, GPT2Model) was saved, without a head around it.
         names = {name if name == LM_HEAD else _BASE_PREFIX + name: source for name, source in names.items()}
     return names, tuple(wrappers)
 
 
-def _refuse_other_models(names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _refuse_other_models(names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], donor: str) -> None:
     for name, source in names.items():
         if "lora_" in name or ".base_layer." in name:
             raise InputError(
@@ -177,7 +190,7 @@ def _refuse_other_models(names: Mapping[str, str], shapes: Mapping[str, tuple[in
         if name.removeprefix(_BASE_PREFIX).split(".")[0] in _HEADS:
             raise InputError(
                 f"{source} is a head for another task, such as classification; save the language model without it: "
-                "GPTNeoForCausalLM.from_pretrained(SOURCE).save_pretrained(NEW)"
+                f"{DONORS[donor].architecture}.from_pretrained(SOURCE).save_pretrained(NEW)"
             )
     empty = [source for source in names.values() if 0 in shapes[source]]
     if empty:

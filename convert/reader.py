@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gsa_jax.checkpoint import TOKENIZER_FILES
-from gsa_jax.config import GPTNeoConfig
+from gsa_jax.checkpoint import CONFIG_FILE, TOKENIZER_FILES
+from gsa_jax.config import GPTNeoConfig, read_config_values
 from gsa_jax.convert.folder import check_config, refuse_checkpoint, refuse_stand_in, weight_files
 from gsa_jax.convert.hub import FoundFolder, find_folder
 from gsa_jax.convert.torch_files import open_torch_file
@@ -53,6 +53,7 @@ class Source:
     """An opened Hugging Face folder.
 
     Attributes:
+        model_type: of its `config.json`; how the tensors are named and stored.
         files: that hold the tensors, and their index if there is one.
         containers: a phrase for each file whose state dict stood in another dict: what it was taken out of.
         hub_id: `owner/name`, if the folder came from a hub.
@@ -60,6 +61,7 @@ class Source:
 
     folder: Path
     config: GPTNeoConfig
+    model_type: str
     tensors: dict[str, SourceTensor]
     files: tuple[Path, ...]
     containers: tuple[str, ...]
@@ -77,7 +79,7 @@ def open_source(source: str | Path, *, revision: str | None = None, subfolder: s
         subfolder: of the folder or repository, that holds the model.
 
     Raises:
-        InputError: there is no such folder, or what it holds cannot be read as a GPT-Neo checkpoint.
+        InputError: there is no such folder, or what it holds cannot be read as a checkpoint of a donor.
     """
     return open_folder(find_folder(str(source), revision=revision, subfolder=subfolder))
 
@@ -86,11 +88,11 @@ def open_folder(found: FoundFolder) -> Source:
     """The same of a folder that has been found.
 
     Raises:
-        InputError: what it holds cannot be read as a GPT-Neo checkpoint.
+        InputError: what it holds cannot be read as a checkpoint of a donor.
     """
     folder = found.path
     refuse_checkpoint(folder, {path.name for path in folder.iterdir()})
-    config = check_config(folder)
+    config, model_type = check_config(folder), read_config_values(folder / CONFIG_FILE)["model_type"]
     files = weight_files(folder)
     refuse_foreign(folder, [*(file.name for file in files), *TOKENIZER_FILES])
     tensors: dict[str, SourceTensor] = {}
@@ -108,7 +110,7 @@ def open_folder(found: FoundFolder) -> Source:
             tensors[name] = tensor
     if not tensors:
         raise InputError(f"{folder}: its weight files hold no tensors")
-    return Source(folder, config, tensors, tuple(files), tuple(containers), found.hub_id)
+    return Source(folder, config, model_type, tensors, tuple(files), tuple(containers), found.hub_id)
 
 
 def _open_safetensors(file: Path) -> dict[str, SourceTensor]:

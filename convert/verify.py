@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gsa_jax.checkpoint import CONFIG_FILE, load_tensors, open_tokenizer
-from gsa_jax.config import GPTNeoConfig, read_config_values
-from gsa_jax.convert.importer import read_tensors
-from gsa_jax.convert.names import plan
+from gsa_jax.checkpoint import load_tensors, open_tokenizer
+from gsa_jax.config import GPTNeoConfig
+from gsa_jax.convert.donors import LAYOUTS
+from gsa_jax.convert.importer import plan_source, read_tensors
 from gsa_jax.convert.reader import Source, open_source
 from gsa_jax.errors import InputError
-from gsa_jax.hf_fields import SPLAT_MODEL_TYPE
+from gsa_jax.hf_fields import DONORS, SPLAT_MODEL_TYPE
 from gsa_jax.loss import mean_next_token_loss
 from gsa_jax.parameters import TOKEN_EMBEDDING, build_model, is_splat
 from gsa_jax.text import read_documents, text_rows
@@ -38,6 +38,9 @@ _NARROWED_TOLERANCE = {"bfloat16": 5e-2, "float16": 5e-3}
 _RANDOM_TOKENS = 128
 _TEXT_CONTEXT = 512
 _MAX_TEXT_ROWS = 8
+
+_NOT_READ_BY_FLAX = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx")
+"""Fields of a GPT-2 that Hugging Face's Flax model does not read: it computes with the defaults."""
 
 Oracle = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -100,9 +103,9 @@ def verify(
     """
     opened = open_source(source, revision=revision, subfolder=subfolder)
     config, tensors = load_tensors(checkpoint)
-    planned = plan(opened.config, {name: tensor.shape for name, tensor in opened.tensors.items()})
+    planned = plan_source(opened)
     theirs = planned.config
-    if not _computes_through_splats(opened):
+    if opened.model_type != SPLAT_MODEL_TYPE:
         config = config.with_window("all")  # with all keys exact, whatever the checkpoint is used with
         theirs = dataclasses.replace(theirs, splats=config.splats)
     if theirs != config:
@@ -111,7 +114,7 @@ def verify(
     if text is not None:
         inputs.append((as_text_files(text).name, *_text_ids(text, config, checkpoint)))
     tolerance = _tolerance(
-        {opened.tensors[name].dtype for name in planned.sources.values()},
+        {opened.tensors[piece.tensor].dtype for piece in planned.sources.values()},
         {str(tensor.dtype) for tensor in tensors.values()},
     )
     graphdef, params = nnx.split(build_model(config, tensors, param_dtype=jnp.float32))
@@ -165,10 +168,6 @@ def _text_ids(text: Text, config: GPTNeoConfig, checkpoint: str | Path) -> tuple
     return rows.input_ids[:_MAX_TEXT_ROWS], rows.attention_mask[:_MAX_TEXT_ROWS]
 
 
-def _computes_through_splats(source: Source) -> bool:
-    return read_config_values(source.folder / CONFIG_FILE)["model_type"] == SPLAT_MODEL_TYPE
-
-
 def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[str, Oracle]]:
     try:
         import torch
@@ -177,9 +176,10 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
         raise InputError("gsa verify runs the PyTorch model; install it with: pip install 'gsa-jax[torch]'") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    through_splats = _computes_through_splats(source)
-    model_class: Any = transformers.GPTNeoForCausalLM
-    config_class: Any = transformers.GPTNeoConfig
+    through_splats = source.model_type == SPLAT_MODEL_TYPE
+    donor = source.config.donor
+    model_class: Any = getattr(transformers, DONORS[donor].architecture)
+    config_class: Any = model_class.config_class
     if through_splats:
         from gsa_jax.convert.pytorch.configuration_gsa import GSAConfig as config_class
         from gsa_jax.convert.pytorch.modeling_gsa import GSAForCausalLM as model_class
@@ -189,6 +189,8 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
     except (ValueError, TypeError, OSError):  # its layers or its bytes are as only `gsa_jax.config` reads them
         config = config_class.from_dict(source.config.to_hf())
         names = ", configuration by our names"
+    # The other implementations of GPT-2's attention leave out what scales it in some configurations.
+    config._attn_implementation = "eager"
     loaded: Any = model_class.from_pretrained(source.folder, config=config, output_loading_info=True)
     model, info = loaded
     if info["missing_keys"] or any(parameter.is_meta for parameter in model.parameters()):
@@ -196,7 +198,8 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
         # (`module.`), which only `gsa_jax.convert.names` strips. And if the source holds the tied head in place of the
         # embedding, the embedding is left without data.
         used = {name: tensor for name, tensor in tensors.items() if through_splats or not is_splat(name)}
-        own = {name: torch.tensor(np.asarray(tensor, np.float32)) for name, tensor in used.items()}
+        stored = LAYOUTS[source.model_type].write(used)
+        own = {name: torch.tensor(np.asarray(tensor, np.float32)) for name, tensor in stored.items()}
         model = model_class(model.config)
         model.load_state_dict({**own, "lm_head.weight": own[TOKEN_EMBEDDING]}, strict=True)
         names += ", weights by our names"
@@ -216,8 +219,12 @@ def _oracles(source: Source, tensors: dict[str, np.ndarray]) -> Iterator[tuple[s
     yield f"PyTorch (transformers {transformers.__version__}){what}{names}", run_torch
     if through_splats or int(transformers.__version__.split(".")[0]) >= 5:
         return  # Flax models are gone from there, and know no splats
+    usual = {**DONORS[donor].defaults, **DONORS[donor].fixed}
+    if any(getattr(source.config, name) != usual.get(name, False) for name in _NOT_READ_BY_FLAX):
+        return
     # Imported by name, because a type checker may look at transformers 5.
-    flax_class = importlib.import_module("transformers.models.gpt_neo.modeling_flax_gpt_neo").FlaxGPTNeoForCausalLM
+    module = importlib.import_module(f"transformers.models.{donor}.modeling_flax_{donor}")
+    flax_class = getattr(module, f"Flax{DONORS[donor].architecture}")
     bridge = importlib.import_module("transformers.modeling_flax_pytorch_utils")
     flax_model = flax_class(model.config)
     flax_params = bridge.convert_pytorch_state_dict_to_flax(model.state_dict(), flax_model)

@@ -1,4 +1,4 @@
-"""GPT-Neo in JAX/Flax, with attention through Gaussian splats.
+"""GPT-Neo and GPT-2 in JAX/Flax, with attention through Gaussian splats.
 
 What most programs need is here; everything else is in the modules. Names are imported when they are first used, so
 that `import gsa_jax` and `gsa --help` do not wait for JAX.

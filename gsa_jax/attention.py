@@ -1,4 +1,4 @@
-"""The attention of a GPT-Neo block, and the subclass that sees far keys through splats.
+"""The attention of a block, and the subclass that sees far keys through splats.
 
 May be changed here: projections and head bookkeeping (`GPTNeoSelfAttention`), what attention through splats does
 (`GSASelfAttention._attn`, nothing else), and the initial splats of a model that has seen no data. The arithmetic itself
@@ -20,10 +20,11 @@ from gsa_jax.splat_config import OPTIONAL_TERMS, LayerSplats, Window
 
 
 class GPTNeoSelfAttention(nnx.Module):
-    """Multi-head attention as in `transformers` v4.57 `GPTNeoSelfAttention`: unscaled, q/k/v without bias."""
+    """Multi-head attention as in `transformers` v4.57 `GPTNeoSelfAttention`, or `GPT2Attention` with other fields."""
 
     def __init__(self, config: GPTNeoConfig, layer: int, *, rngs: nnx.Rngs) -> None:
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.query_scale, self.key_scale = config.score_scales(layer)
         self.window: Window = config.windows[layer]
         self.kept = config.layer_splats[layer].kept if layer in config.splat_layers else 0
         self.attention_implementation = config.attention_implementation
@@ -32,9 +33,9 @@ class GPTNeoSelfAttention(nnx.Module):
             size, stddev = config.hidden_size, config.initializer_range
             return Linear(size, size, use_bias=use_bias, stddev=stddev, rngs=rngs)
 
-        self.q_proj = projection(use_bias=False)
-        self.k_proj = projection(use_bias=False)
-        self.v_proj = projection(use_bias=False)
+        self.q_proj = projection(use_bias=config.attention_bias)
+        self.k_proj = projection(use_bias=config.attention_bias)
+        self.v_proj = projection(use_bias=config.attention_bias)
         self.out_proj = projection(use_bias=True)
 
     def __call__(
@@ -76,12 +77,21 @@ class GPTNeoSelfAttention(nnx.Module):
     def project(
         self, hidden_states: Float[Array, "B T E"]
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H D"], Float[Array, "B T H D"]]:
-        """Queries, keys and values."""
+        """Queries, keys and values; exact scores are products of queries and keys as they are given here."""
 
         def heads(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
-        return heads(self.q_proj(hidden_states)), heads(self.k_proj(hidden_states)), heads(self.v_proj(hidden_states))
+        query, key = heads(self.q_proj(hidden_states)), heads(self.k_proj(hidden_states))
+        if (self.query_scale, self.key_scale) != (1, 1):
+            # Powers of two (heads of 64: 1/8 in all) give the bits that scaled weights and biases would give, in any
+            # dtype. The weights stay as they were stored all the same: AdamW would train scaled ones at another pace,
+            # and small ones would lose bits. Where the whole is none, the query is rounded once more.
+            query, key = (
+                (x.astype(jnp.float32) * scale).astype(x.dtype)
+                for x, scale in ((query, self.query_scale), (key, self.key_scale))
+            )
+        return query, key, heads(self.v_proj(hidden_states))
 
     def _attn(
         self,

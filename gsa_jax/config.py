@@ -13,11 +13,19 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gsa_jax.errors import InputError
-from gsa_jax.hf_fields import ALIASES, MAX_LAYERS, REPLACED, SPLAT_MODEL_TYPE, own_names, refuse_other_names
+from gsa_jax.hf_fields import (
+    DONORS,
+    MAX_LAYERS,
+    REPLACED,
+    SPLAT_MODEL_TYPE,
+    format_of,
+    own_names,
+    refuse_other_names,
+)
 from gsa_jax.json_files import read_json
 from gsa_jax.splat_config import LayerSplats, SplatConfig, Window, require_int
 
-ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish")
+ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish", "tanh")
 """Names of Hugging Face activations that `gsa_jax.layers` implements."""
 
 ATTENTION_KINDS = ("global", "local")
@@ -31,6 +39,9 @@ AttentionImplementation = Literal["auto", "xla", "splash", "cudnn"]
 
 _NOT_STORED = ("dtype", "remat", "attention_implementation")
 """Fields that say how a model computes, not what it is."""
+
+_OF_LOCAL_LAYERS = ("attention_types", "attention_layers", "window_size")
+"""Fields that say nothing of a donor whose layers are all global."""
 
 
 def require_seed(seed: int) -> None:
@@ -46,7 +57,8 @@ def _require_probability(name: str, value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTNeoConfig:
-    """Shape of a GPT-Neo, with the fields and defaults of `transformers.GPTNeoConfig`.
+    """Shape of a GPT-Neo, with the fields and defaults of `transformers.GPTNeoConfig`; or of a GPT-2, which differs by
+    `attention_bias` and the two fields after it.
 
     Dropout probabilities are carried so that an export keeps them; a forward pass here never drops anything.
 
@@ -56,8 +68,13 @@ class GPTNeoConfig:
         intermediate_size: width of the MLP; `None` means `4 * hidden_size`.
         bos_token_id: may be beyond the vocabulary, as the default is for small models; it is not embedded unless a text
             is to start with it.
+        attention_bias: the projections to queries, keys and values have biases.
+        scale_attn_weights: exact scores are divided by the square root of the dimension of a head.
+        scale_attn_by_inverse_layer_idx: they are divided by the number of the layer, counted from 1.
         eos_token_id: one, or several of which each ends a text; may be beyond the vocabulary, and then no text ends.
         splats: splats attached to the attention, or `None` for the plain model.
+        donor: the `model_type` of the Hugging Face model that this is without its splats: how a folder names and stores
+            it. Nothing is computed from it.
         dtype: of the computation, one of `DTYPES`. Not part of a `config.json`, whose `dtype` is that of the stored
             weights; nor are the fields after it.
         remat: recompute each block in the backward pass instead of keeping its activations. Layers that repeat are
@@ -84,13 +101,16 @@ class GPTNeoConfig:
     initializer_range: float = 0.02
     bos_token_id: int | None = 50256
     eos_token_id: int | tuple[int, ...] | None = 50256
+    attention_bias: bool = False
+    scale_attn_weights: bool = False
+    scale_attn_by_inverse_layer_idx: bool = False
     splats: SplatConfig | None = None
+    donor: str = "gpt_neo"
     dtype: str = "float32"
     remat: bool = False
     attention_implementation: str = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "attention_types", _freeze_attention_types(self.attention_types))
         for name in (
             "vocab_size",
             "max_position_embeddings",
@@ -100,6 +120,7 @@ class GPTNeoConfig:
             "window_size",
         ):
             require_int(name, getattr(self, name), 1)
+        object.__setattr__(self, "attention_types", _freeze_attention_types(self.attention_types))
         if self.intermediate_size is not None:
             require_int("intermediate_size", self.intermediate_size, 1)
         if self.num_layers > MAX_LAYERS:
@@ -117,6 +138,9 @@ class GPTNeoConfig:
         for name, value in self._special_tokens():
             if isinstance(value, bool) or not isinstance(value, int):
                 raise InputError(f"{name} = {value!r}: must be the number of a token")
+        for name in ("attention_bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} = {getattr(self, name)!r}: must be true or false")
         if self.dtype not in DTYPES:
             raise InputError(f"dtype = {self.dtype!r}: must be one of {', '.join(DTYPES)}")
         if self.attention_implementation not in get_args(AttentionImplementation):
@@ -136,12 +160,23 @@ class GPTNeoConfig:
         described = sum(len(pattern) * repeats for pattern, repeats in self.attention_types)
         if described != self.num_layers:
             raise InputError(f"attention_types describes {described} layers, num_layers = {self.num_layers}")
+        self._check_donor()
         if self.splats is not None:
             if not self.splat_layers:
                 raise InputError(f"splats.layers = {self.splats.layers!r}: the model has no such layer")
             if self.splat_layers[-1] >= self.num_layers:
                 raise InputError(f"splats.layers = {self.splats.layers!r}: the model has {self.num_layers} layers")
             self.splats.of_layers(len(self.splat_layers))
+
+    def _check_donor(self) -> None:
+        if self.donor not in DONORS:
+            raise InputError(f"donor = {self.donor!r}: must be one of {', '.join(DONORS)}")
+        donor = DONORS[self.donor]
+        for name, value in donor.fixed.items():
+            if getattr(self, name) != value:
+                raise InputError(f"{name} = {getattr(self, name)}: it is {value} in every {donor.title}")
+        if "local" in self.attention_layers and not donor.has_local_layers:
+            raise InputError(f"attention_types names 'local': a {donor.title} has no such layers")
 
     def _special_tokens(self) -> list[tuple[str, int]]:
         ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
@@ -211,6 +246,18 @@ class GPTNeoConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
+    def score_scales(self, layer: int) -> tuple[float, float]:
+        """What a layer multiplies its queries and its keys by, so that exact scores are products of the two.
+
+        Each takes about half, because a splat serves both: where queries are far shorter than keys, splats stand where
+        no query is. The key's share is a power of two, and so is the query's where the whole is one.
+        """
+        whole = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+        if self.scale_attn_by_inverse_layer_idx:
+            whole /= layer + 1
+        of_keys = 2.0 ** round(math.log2(whole) / 2)
+        return whole / of_keys, of_keys
+
     @property
     def mlp_dim(self) -> int:
         return 4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size
@@ -222,10 +269,8 @@ class GPTNeoConfig:
         A key `splats` written by `to_hf` is read back. Raises `InputError` if the configuration describes something
         that this model is not (another `model_type`, an untied head, fields that contradict one another).
         """
-        values = own_names(hf if isinstance(hf, Mapping) else hf.to_dict())
-        model_type = values.get("model_type", "gpt_neo")
-        if model_type not in ("gpt_neo", SPLAT_MODEL_TYPE):
-            raise InputError(f"model_type = {model_type!r}: only 'gpt_neo' models are supported")
+        hf = hf if isinstance(hf, Mapping) else hf.to_dict()
+        values = own_names(hf)
         splats = values.get("splats")
         if splats is not None and not isinstance(splats, SplatConfig):
             try:
@@ -237,18 +282,40 @@ class GPTNeoConfig:
                 raise InputError(f"splats = {splats!r}: {error}") from None
         own = {field.name for field in dataclasses.fields(cls)} - {"splats", *_NOT_STORED}
         config = cls(splats=splats, **{name: value for name, value in values.items() if name in own})
-        listed = values.get("attention_layers") if model_type == "gpt_neo" else None
+        listed = None if hf.get("model_type") == SPLAT_MODEL_TYPE else values.get("attention_layers")
         if listed is not None and listed not in (config.attention_layers, list(config.attention_layers)):
             raise InputError(f"attention_layers = {listed!r} contradicts attention_types")
         refuse_other_names(
-            values,
+            hf,
             {field: getattr(config, field) for field in own}
             | {"intermediate_size": config.mlp_dim, "hidden_size / num_heads": config.head_dim},
         )
         return config
 
     def to_hf(self) -> dict[str, Any]:
-        """The dict for a `config.json` that `transformers` 4 and 5 read as a `GPTNeoConfig`: as the exact model."""
+        """The dict for a `config.json` that `transformers` 4 and 5 read as the donor's: as the exact model."""
+        donor = DONORS[self.donor]
+        values = {name: value for name, value in self._by_our_names().items() if name not in ("donor", *donor.fixed)}
+        if not donor.has_local_layers:
+            values = {name: value for name, value in values.items() if name not in _OF_LOCAL_LAYERS}
+        named = {donor.names.get(name, name): value for name, value in values.items()}
+        return {"architectures": [donor.architecture], "model_type": self.donor, **named}
+
+    def to_hf_with_splats(self) -> dict[str, Any]:
+        """The same for the classes of `gsa_jax.convert.pytorch`, which compute through the splats; by our names.
+
+        GPT-Neo's own classes refuse it, because they know no layer of the kind `"splats"`.
+        """
+        kinds = enumerate(self.attention_layers)
+        return self._by_our_names() | {
+            "architectures": ["GSAForCausalLM"],
+            "model_type": SPLAT_MODEL_TYPE,
+            "tokenizer_class": "GPT2Tokenizer",  # which transformers knows of donors, if its files name no other
+            "attention_layers": ["splats" if n in self.splat_layers else kind for n, kind in kinds],
+        }
+
+    def _by_our_names(self) -> dict[str, Any]:
+        """All fields that are stored, as JSON has them."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_STORED}
         values["attention_types"] = [[list(pattern), repeats] for pattern, repeats in self.attention_types]
         values["attention_layers"] = list(self.attention_layers)
@@ -256,20 +323,7 @@ class GPTNeoConfig:
             values["eos_token_id"] = list(self.eos_token_id)
         if self.splats is None:
             del values["splats"]
-        return {"architectures": ["GPTNeoForCausalLM"], "model_type": "gpt_neo", **values}
-
-    def to_hf_with_splats(self) -> dict[str, Any]:
-        """The same for the classes of `gsa_jax.convert.pytorch`, which compute through the splats.
-
-        GPT-Neo's own classes refuse it, because they know no layer of the kind `"splats"`.
-        """
-        kinds = enumerate(self.attention_layers)
-        return self.to_hf() | {
-            "architectures": ["GSAForCausalLM"],
-            "model_type": SPLAT_MODEL_TYPE,
-            "tokenizer_class": "GPT2Tokenizer",  # which transformers knows of gpt_neo, if its files name no other
-            "attention_layers": ["splats" if n in self.splat_layers else kind for n, kind in kinds],
-        }
+        return values
 
 
 def read_config(path: Path) -> GPTNeoConfig:
@@ -284,11 +338,11 @@ def read_config(path: Path) -> GPTNeoConfig:
 def carried_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of the fields of a Hugging Face `config.json`, those for which this model has no use and others may."""
     own = {field.name for field in dataclasses.fields(GPTNeoConfig)}
-    return {name: value for name, value in values.items() if name not in own | ALIASES.keys() | REPLACED}
+    return {name: value for name, value in values.items() if name not in own | format_of(values).own | REPLACED}
 
 
 def read_config_values(path: Path) -> dict[str, Any]:
-    """All fields of a GPT-Neo's `config.json`; raises as `read_config` does."""
+    """All fields of a `config.json`; raises as `read_config` does."""
     try:
         values = read_json(path)
     except FileNotFoundError:
@@ -298,7 +352,8 @@ def read_config_values(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if not isinstance(values, dict) or "model_type" not in values:
-        raise InputError(f"{path}: no model_type in it; expected the config.json of a GPT-Neo")
+        titles = " or ".join(fields.title for fields in DONORS.values())
+        raise InputError(f"{path}: no model_type in it; expected the config.json of a {titles}")
     return values
 
 

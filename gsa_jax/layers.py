@@ -21,6 +21,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
 """Hugging Face activation name -> function (`transformers` v4.57 `ACT2FN`); the three tanh forms are one formula."""
 

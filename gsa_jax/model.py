@@ -1,8 +1,9 @@
-"""GPT-Neo in Flax NNX. Read this first.
+"""GPT-Neo, and GPT-2, in Flax NNX. Read this first.
 
 The tree of modules and the names of its leaves are Hugging Face's (`transformer.h.0.attn.attention.q_proj.weight`),
-so whoever knows `transformers` v4.57 `modeling_gpt_neo.py` knows this file. May be changed here: the blocks and how
-they are put together. Attention is in `gsa_jax.attention`, generation in `gsa_jax.generation`.
+so whoever knows `transformers` v4.57 `modeling_gpt_neo.py` knows this file; a GPT-2 is the same model with other fields
+of its configuration. May be changed here: the blocks and how they are put together. Attention is in
+`gsa_jax.attention`, generation in `gsa_jax.generation`.
 
 There is one path forward: every module's `__call__`, over whole texts, or over parts of them with a `Cache` of what
 came before. Computation has `config.dtype`, whatever dtype the parameters have; attention scores, softmax, statistics
@@ -202,7 +203,7 @@ def _check_numbers(
 
 
 class GPTNeoForCausalLM(nnx.Module):
-    """GPT-Neo with its tied language-modelling head.
+    """GPT-Neo, or GPT-2, with its tied language-modelling head.
 
     Args:
         config: shape of the model, and how it computes; with `config.splats` its splat layers carry splat parameters.

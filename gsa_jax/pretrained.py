@@ -97,7 +97,7 @@ def from_pretrained(
             have the dtype that they are stored in unless `param_dtype` says otherwise; `dtype` is the computation's.
 
     Raises:
-        InputError: there is no such model, it is not a GPT-Neo, is damaged or has weights that are not finite; it has
+        InputError: there is no such model, it is of no donor, is damaged or has weights that are not finite; it has
             no splats and the window is finite; or its `generation_config.json` cannot be used.
     """
     found = find_folder(str(source), revision=revision, subfolder=subfolder, checkpoints=True)

@@ -19,6 +19,7 @@ from gsa_jax.errors import InputError, first_line
 from gsa_jax.evaluation.intervals import Estimate
 from gsa_jax.files import refuse_foreign
 from gsa_jax.fitting.fitted import FIT_REPORT_FILE
+from gsa_jax.hf_fields import DONORS
 from gsa_jax.json_files import read_json
 from gsa_jax.parameters import expected_shapes, is_splat
 from gsa_jax.splat_config import SplatConfig, describe
@@ -31,7 +32,7 @@ VERIFY_REPORT_FILE = "verify.json"
 EVAL_REPORT_FILE = "eval.json"
 """Where `gsa verify --json` and `gsa eval --json` are to leave their reports for a card to show them."""
 
-_TAGS = ["gsa-jax", "jax", "flax", "gpt_neo"]
+_TAGS = ["gsa-jax", "jax", "flax"]
 
 
 def model_card(folder: str | Path, repo_id: str | None = None) -> ModelCard:
@@ -57,7 +58,7 @@ def model_card(folder: str | Path, repo_id: str | None = None) -> ModelCard:
         base_model=base_model,
         library_name="gsa-jax",
         pipeline_tag="text-generation",
-        tags=[*_TAGS, *(["gaussian-splats"] if config.splats is not None else [])],
+        tags=[*_TAGS, config.donor, *(["gaussian-splats"] if config.splats is not None else [])],
     )
     parts = [
         f"# {name.split('/')[-1]}",
@@ -141,8 +142,9 @@ def _what_it_is(config: GPTNeoConfig, base_model: str | None) -> str:
     sizes = {name: math.prod(shape) for name, shape in expected_shapes(config).items()}
     origin = "" if base_model is None else f", converted from `{base_model}`"
     what = (
-        f"A GPT-Neo for gsa-jax (JAX/Flax){origin}: {config.num_layers} layers, hidden size {config.hidden_size}, "
-        f"{config.num_heads} heads, {config.vocab_size:,} tokens, {config.max_position_embeddings:,} positions, "
+        f"A {DONORS[config.donor].title} for gsa-jax (JAX/Flax){origin}: {config.num_layers} layers, "
+        f"hidden size {config.hidden_size}, {config.num_heads} heads, {config.vocab_size:,} tokens, "
+        f"{config.max_position_embeddings:,} positions, "
         f"{sum(sizes.values()):,} parameters."
     )
     if config.splats is None:

@@ -32,7 +32,7 @@ from gsa_jax.ops.partition import BATCH, MESH_AXES, TABLE
 _SPECS = {
     r"\.(q_proj|k_proj|v_proj|c_fc)\.weight": P("tensor", "fsdp"),
     r"\.(out_proj|c_proj)\.weight": P("fsdp", "tensor"),
-    r"\.c_fc\.bias": P("tensor"),
+    r"\.(q_proj|k_proj|v_proj|c_fc)\.bias": P("tensor"),
     r"\.(wte|wpe)\.weight": TABLE,
     r"\.splat_\w+": P("tensor"),
 }

@@ -8,7 +8,7 @@ import pytest
 
 from gsa_jax import GPTNeoConfig, InputError
 from gsa_jax.config import read_config
-from gsa_jax.hf_fields import ALIASES
+from gsa_jax.hf_fields import DONORS
 from gsa_jax.text import start_token
 from helpers.tiny_models import SETTINGS, tiny_config
 
@@ -22,8 +22,8 @@ def read(**changes: object) -> GPTNeoConfig:
 def test_aliases_are_those_of_hugging_face() -> None:
     from transformers import GPTNeoConfig as HFConfig
 
-    assert HFConfig.attribute_map == ALIASES
-    for alias, name in ALIASES.items():
+    assert HFConfig.attribute_map == DONORS["gpt_neo"].aliases
+    for alias, name in DONORS["gpt_neo"].aliases.items():
         theirs = HFConfig(**SETTINGS | {alias: SETTINGS[name]})
         assert getattr(theirs, name) == getattr(read(**{name: ..., alias: SETTINGS[name]}), name) == SETTINGS[name]
 

@@ -19,8 +19,10 @@ from lm_eval.tasks import TaskManager
 
 import gsa_jax
 from gsa_jax import InputError, SplatConfig
+from gsa_jax.convert import convert
 from gsa_jax.lm_eval import GaussianSplatLM
 from gsa_jax.text import read_documents
+from helpers.hf_gpt2 import hf_gpt2, with_tokenizer, write_gpt2
 from helpers.texts import TOLD
 from helpers.tiny_checkpoints import tiny_checkpoint
 
@@ -101,11 +103,22 @@ def evaluated(model: Any, tasks: Path, **settings: Any) -> Any:
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries under the harness
 
 
+@pytest.fixture
+def gpt2(tmp_path, story_neo) -> tuple[Path, Path]:
+    """A random one, and its checkpoint."""
+    theirs = hf_gpt2(vocab_size=1024, n_positions=256)
+    source = with_tokenizer(write_gpt2(tmp_path / "source", theirs), story_neo)
+    convert(source, tmp_path / "checkpoint")
+    return source, tmp_path / "checkpoint"
+
+
 @pytest.mark.slow
 @pytest.mark.parity
-def test_every_answer_is_that_of_the_harness_with_pytorch(story_neo, story_checkpoint, tasks) -> None:
-    model = GaussianSplatLM(story_checkpoint, window="all", batch_size=4)
-    settings = {"pretrained": str(story_neo), "dtype": "float32"}
+@pytest.mark.parametrize("donor", ["GPT-Neo", "GPT-2"])
+def test_every_answer_is_that_of_the_harness_with_pytorch(story_neo, story_checkpoint, gpt2, tasks, donor) -> None:
+    source, checkpoint = (story_neo, story_checkpoint) if donor == "GPT-Neo" else gpt2
+    model = GaussianSplatLM(checkpoint, window="all", batch_size=4)
+    settings = {"pretrained": str(source), "dtype": "float32"}
     expected = evaluated("hf", tasks, model_args=settings, device="cpu", batch_size=1)
     found = evaluated(model, tasks)
     answers = 0

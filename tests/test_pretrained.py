@@ -179,7 +179,7 @@ def test_bad_options_are_one_line(tmp_path, unchecked, options, words):
 def test_bad_folders_are_one_line(tmp_path, run_gsa, splat_checkpoint):
     cases = {
         tmp_path / "nowhere": "nowhere: no such folder",
-        write_folder(tmp_path / "gpt2", config=tiny_config(model_type="gpt2")): "model_type = 'gpt2'",
+        write_folder(tmp_path / "llama", config=tiny_config(model_type="llama")): "model_type = 'llama'",
         write_folder(tmp_path / "nan", {name: 0 * t / 0 for name, t in tiny_tensors().items()}): "NaN or infinite",
     }
     damaged = shutil.copytree(splat_checkpoint, tmp_path / "damaged")

@@ -27,7 +27,7 @@ from gsa_jax.text_files import TextFiles
 TOKEN_SUFFIX = ".bin"
 
 TOKEN_DTYPE = np.dtype("<u2")
-"""Of a file of token ids: 16 bits hold GPT-Neo's vocabulary of 50,257."""
+"""Of a file of token ids: 16 bits hold the vocabulary of GPT-2 and GPT-Neo, 50,257."""
 
 
 _ROWS_OF_A_RUN = 2**52

@@ -1,10 +1,10 @@
-"""GPT-Neo with attention through Gaussian splats, for `transformers` 4.57 and 5.
+"""GPT-Neo or GPT-2 with attention through Gaussian splats, for `transformers` 4.57 and 5.
 
 A head has S splats with centres c_s and scales sigma_s, an exact window of W tokens, and M kept keys:
 
     log phi_s(x) = -|x - c_s|^2 / (2 sigma_s^2)
 
-    near(i, j)   = q_i . k_j                                      GPT-Neo's score, not divided by sqrt(D)
+    near(i, j)   = q_i . k_j                                      what divides GPT-2's scores is in q and k
     far(i, j)    = logsumexp_s( log phi_s(q_i) + log phi_s(k_j) + log a_s ) + beta (|q_i|^2 + |k_j|^2) + lambda
 
     score(i, j)  = near(i, j) if i - j < W, or j is kept at i; far(i, j) otherwise; of the keys that i sees
@@ -36,8 +36,37 @@ _AT_ONCE = 2**24
 """Scores through single splats that are in memory at once; those of one query at least."""
 
 
-class GSASelfAttention(GPTNeoSelfAttention):
-    """GPT-Neo's attention with another `_attn`; projections, cache and dropout are its own.
+class DonorSelfAttention(GPTNeoSelfAttention):
+    """GPT-Neo's attention, or GPT-2's: with biases of all projections, and scaled scores."""
+
+    def __init__(self, config: GSAConfig, attention_type: str, layer_id: int) -> None:
+        super().__init__(config, attention_type, layer_id)
+        self.query_scale, self.key_scale = config.score_scales(layer_id)
+        if config.attention_bias:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                setattr(self, name, nn.Linear(self.embed_dim, self.embed_dim, bias=True))
+
+    def _attn(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Arguments and results as `GSASelfAttention._attn` has them; with the weights."""
+        of_transformers_4 = () if head_mask is None else (head_mask,)
+        return super()._attn(*self._scaled(query, key), value, attention_mask, *of_transformers_4)
+
+    def _scaled(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Both such that their product is the score; in float32 where they are scaled."""
+        if (self.query_scale, self.key_scale) == (1, 1):
+            return query, key
+        return _wide(query) * self.query_scale, _wide(key) * self.key_scale
+
+
+class GSASelfAttention(DonorSelfAttention):
+    """The attention of a model without splats, with another `_attn`; projections, cache and dropout are its own.
 
     Parameters, with H heads of dimension D, in float32; those of splats only where there are any:
         splat_centers: c, `[H, S, D]`.
@@ -59,7 +88,7 @@ class GSASelfAttention(GPTNeoSelfAttention):
     def __init__(self, config: GSAConfig, attention_type: str, layer_id: int) -> None:
         super().__init__(config, attention_type, layer_id)
         own = config.layer_splats(layer_id)
-        assert own is not None and config.splats is not None, "layers without splats are GPT-Neo's own"
+        assert own is not None and config.splats is not None, "layers without splats are another class's"
         self.num_splats, self.kept = own.num_splats, own.kept
         self.window = math.inf if own.window == "all" else int(own.window)
         heads, dim, splats = self.num_heads, self.head_dim, self.num_splats
@@ -99,8 +128,8 @@ class GSASelfAttention(GPTNeoSelfAttention):
             The output `[B, H, T, D]`, and no weights: nothing holds all of them at once.
         """
         if self.window == math.inf:
-            of_transformers_4 = () if head_mask is None else (head_mask,)
-            return super()._attn(query, key, value, attention_mask, *of_transformers_4)
+            return super()._attn(query, key, value, attention_mask, head_mask)
+        query, key = self._scaled(query, key)
         batch, heads, length, _ = query.shape
         slots = key.shape[2]
         size = max(1, _AT_ONCE // (batch * heads * slots * max(1, self.num_splats)))
@@ -209,20 +238,20 @@ class GSAPreTrainedModel(GPTNeoPreTrainedModel):
 
 
 class GSAModel(GSAPreTrainedModel, GPTNeoModel):
-    """GPT-Neo without a head, with `GSASelfAttention` in the layers that have splats."""
+    """The model without a head, with `GSASelfAttention` in the layers that have splats."""
 
     def __init__(self, config: GSAConfig) -> None:
         super().__init__(config)
         block: Any
         for layer, block in enumerate(self.h):
-            if config.layer_splats(layer) is not None:
-                block.attn.attention = GSASelfAttention(config, config.attention_layers[layer], layer)
+            attention = DonorSelfAttention if config.layer_splats(layer) is None else GSASelfAttention
+            block.attn.attention = attention(config, config.attention_layers[layer], layer)
         self._keep_splats_in_float32()
         self.post_init()
 
 
 class GSAForCausalLM(GSAPreTrainedModel, GPTNeoForCausalLM):
-    """The same with GPT-Neo's head, which is tied to the token embedding."""
+    """The same with its head, which is tied to the token embedding."""
 
     def __init__(self, config: GSAConfig) -> None:
         super().__init__(config)

@@ -75,7 +75,7 @@ def _run() -> NoReturn:
     command: Command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="gsa",
-        description="GPT-Neo in JAX/Flax, with attention through Gaussian splats.",
+        description="GPT-Neo and GPT-2 in JAX/Flax, with attention through Gaussian splats.",
         # An option of `gsa train` may stand after the preset.
         config=(tyro.conf.CascadeSubcommandArgs,),
     )

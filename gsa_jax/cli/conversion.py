@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert(SplatCommand):
-    """Convert a PyTorch GPT-Neo into a checkpoint; options of splats attach some to a source that has none."""
+    """Convert a PyTorch GPT-Neo or GPT-2 into a checkpoint; options of splats attach some to a source that has none."""
 
     source: tyro.conf.Positional[str]
     """Hugging Face folder, or hub id (owner/name)."""
@@ -92,7 +92,7 @@ class Export(Command):
     out: tyro.conf.Positional[Path]
     """Hugging Face folder to make."""
     exact: bool = False
-    """Write a plain GPT-Neo with exact attention, whose splats lie in it unused."""
+    """Write the plain model (GPT-Neo, GPT-2) with exact attention, whose splats lie in it unused."""
     splats_only: bool = False
     """Write the splats alone, for `gsa convert --splats-from` to put beside the model again."""
 

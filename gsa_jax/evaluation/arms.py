@@ -105,8 +105,9 @@ def make_arms(config: GPTNeoConfig, tensors: Mapping[str, Any], reference: Arm |
         arms["without-kept"] = _with(config, tensors, kept=0)
     if not _lacks_window(config):
         arms["window-only"] = _with(config, tensors, num_splats=0, kept=0)
-    values = [attention_tensor(layer, "v_proj.weight") for layer in config.splat_layers]
-    arms["none"] = (exact, {**tensors, **{name: jnp.zeros_like(tensors[name]) for name in values}})
+    of_values = [attention_tensor(n, f"v_proj.{leaf}") for n in config.splat_layers for leaf in ("weight", "bias")]
+    nothing = {name: jnp.zeros_like(tensors[name]) for name in of_values if name in tensors}
+    arms["none"] = (exact, {**tensors, **nothing})
     return arms
 
 

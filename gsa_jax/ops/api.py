@@ -76,8 +76,9 @@ def splat_attention(
     by default |k_j|^2; of equals, the older one. Keys that differ in importance by rounding may be taken for one
     another.
 
-    The near scores are GPT-Neo's, NOT divided by sqrt(D). Distances i - j count slots, padding included, and go on
-    across `initial_state`. Scores, sums and state are float32 whatever the inputs are.
+    The near scores are NOT divided by sqrt(D): where a model does so, its queries and keys come scaled. Distances i - j
+    count slots, padding included, and go on across `initial_state`. Scores, sums and state are float32 whatever the
+    inputs are.
 
     Far scores are sums over S features of the query times features of the key, so keys that leave the window are added
     to a state of constant size. Cost: O(window + kept + S) per token, in time and memory, forward and backward; O(T^2)

@@ -62,7 +62,7 @@ and more comparisons for each."""
 def importance(splats: Splats, key: Float[Array, "T D"], value: Float[Array, "T D"]) -> Float[Array, "T"]:
     """How important it is to keep each key: `|key|^2`, or what `splats.importance` makes of key and value.
 
-    Exact scores of GPT-Neo are products with the key, so it is long keys that a query can want far more than others.
+    Exact scores are products with the key, so it is long keys that a query can want far more than others.
     """
     dtype = sums_dtype(key.dtype)
     key, value = (jax.lax.stop_gradient(x).astype(dtype) for x in (key, value))

@@ -8,7 +8,7 @@ from helpers.hf_folders import tiny_config, write_folder
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gpt2"}, "model_type = 'gpt2'"),
+        ({"model_type": "llama"}, "model_type = 'llama': only 'gpt_neo' and 'gpt2' models are supported"),
         ({"model_type": None}, "no model_type"),
         ({"num_heads": 5}, "num_heads = 5 does not divide hidden_size = 32"),
         ({"num_heads": 0}, "num_heads = 0"),
