@@ -7,6 +7,7 @@ May be changed here: which fields exist, how they are checked, and how they map 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
