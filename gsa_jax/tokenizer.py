@@ -234,13 +234,16 @@ class Continuation:
         """The part of their text that stays as it is whatever follows.
 
         What may change is a character whose bytes are not all there, a run of tokens that are a byte each, which are
-        text only if the whole run is, and, where spaces are cleaned up, the last word.
+        text only if the whole run is, and, where spaces are cleaned up, the last two words: `n` and `'` become `n't`.
         """
         settled = len(tokens)
         while settled and tokens[settled - 1] in self._bytes:
             settled -= 1
         text = self.text(tokens[:settled]).rstrip("\ufffd")
-        return text[: max(text.rfind(" "), 0)] if self._tokenizer.clean_up_tokenization_spaces else text
+        if not self._tokenizer.clean_up_tokenization_spaces:
+            return text
+        before, *last = text.rsplit(" ", 2)
+        return before if len(last) == 2 else ""
 
     @functools.cached_property
     def _bytes(self) -> set[int]:

@@ -42,7 +42,7 @@ SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     "shards": ("owner/shards", {}),
     "a revision": ("owner/both", {"revision": "v1"}),
     "a subfolder": ("owner/both", {"subfolder": "inner/model"}),
-    "another model": ("owner/gpt2", {}),
+    "another model": ("owner/llama", {}),
     "no weights": ("owner/flax", {}),
     "an adapter": ("owner/adapter", {}),
     "no configuration": ("owner/weights-only", {}),
@@ -72,7 +72,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory, story_neo: Path) -> Iterator[H
     write_bin_folder(folders / "bin", tensors)
     write_sharded_folder(folders / "shards", tensors, suffix="safetensors")
     shutil.copy(folders / "bin" / "pytorch_model.bin", folders / "shards")
-    write_folder(folders / "gpt2", config=tiny_config(model_type="gpt2"))
+    write_folder(folders / "llama", config=tiny_config(model_type="llama"))
     (write_folder(folders / "flax") / "model.safetensors").rename(folders / "flax" / "flax_model.msgpack")
     (folders / "adapter").mkdir()
     (folders / "adapter" / "adapter_config.json").write_text("{}")
@@ -84,7 +84,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory, story_neo: Path) -> Iterator[H
     (folders / "checkpoint" / "weights").mkdir()
     (folders / "checkpoint" / "weights" / "manifest").write_bytes(b"not needed")
     with hub_server() as served:
-        names = ("both", "bin", "shards", "gpt2", "flax", "adapter", "weights-only", "incomplete", "checkpoint")
+        names = ("both", "bin", "shards", "llama", "flax", "adapter", "weights-only", "incomplete", "checkpoint")
         served.repositories |= {f"owner/{name}": {"main": folders / name} for name in names}
         served.repositories["owner/both"]["v1"] = folders / "v1"
         served.repositories |= {f"owner/{name}": {"main": folders / "bin"} for name in ("gated", "private")}
@@ -138,7 +138,7 @@ def test_revisions_and_subfolders_are_those_that_were_asked_for(results):
 @pytest.mark.parametrize(
     ("label", "words"),
     [
-        ("another model", "model_type = 'gpt2'"),
+        ("another model", "model_type = 'llama'"),
         ("no weights", "owner/flax: no weights in it"),
         ("an adapter", "owner/adapter: holds an adapter (adapter_config.json)"),
         ("no configuration", "owner/weights-only: no config.json in it"),
