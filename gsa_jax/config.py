@@ -170,7 +170,7 @@ class GPTNeoConfig:
             self.splats.of_layers(len(self.splat_layers))
 
     def _check_donor(self) -> None:
-        if self.donor not in DONORS:
+        if not isinstance(self.donor, str) or self.donor not in DONORS:
             raise InputError(f"donor = {self.donor!r}: must be one of {', '.join(DONORS)}")
         donor = DONORS[self.donor]
         for name, value in donor.fixed.items():

@@ -147,7 +147,7 @@ def format_of(hf: Mapping[str, Any]) -> DonorFields:
         InputError: its `model_type` is not supported.
     """
     model_type = hf.get("model_type", "gpt_neo")
-    if model_type not in FORMATS:
+    if not isinstance(model_type, str) or model_type not in FORMATS:
         raise InputError(f"model_type = {model_type!r}: only {' and '.join(map(repr, DONORS))} models are supported")
     return FORMATS[model_type]
 

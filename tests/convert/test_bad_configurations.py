@@ -9,6 +9,8 @@ from helpers.hf_folders import tiny_config, write_folder
     ("changes", "words"),
     [
         ({"model_type": "llama"}, "model_type = 'llama': only 'gpt_neo' and 'gpt2' models are supported"),
+        ({"model_type": []}, "model_type = []: only 'gpt_neo' and 'gpt2' models are supported"),
+        ({"model_type": "gsa_gpt_neo", "donor": []}, "donor = []: must be one of gpt_neo, gpt2"),
         ({"model_type": None}, "no model_type"),
         ({"num_heads": 5}, "num_heads = 5 does not divide hidden_size = 32"),
         ({"num_heads": 0}, "num_heads = 0"),
