@@ -257,7 +257,7 @@ def refused(path: Path, content: bytes, field: str = "text") -> str:
         ("a.jsonl", b"", "no text in it"),
         ("a.txt.gz", b"plain", "not a whole gzip file (Not a gzipped file"),
         ("a.txt.gz", gzip.compress(b"one " * 999, mtime=0)[:-9], "not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}')[:20] + b"\0\0\0\0\0\0", "not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}', mtime=0)[:20] + b"\0\0\0\0\0\0", "not a whole gzip file"),
         ("a.txt", "naïve".encode("utf-16"), "not UTF-8 (invalid start byte at byte 0); convert it to UTF-8"),
         ("a.txt", b"\xef\xbb\xbf" + b"x" * 10**5 + b"\xe9 ", "at byte 100003)"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer"),
