@@ -24,7 +24,8 @@ def steps_recorded(run: Path) -> list[list[int]]:
     """The steps of each trace that is there, and that each of them took time."""
     found = []
     for file in sorted((run / "profile" / "plugins" / "profile").glob("*/*.xplane.pb")):
-        events = [e for p in ProfileData.from_file(str(file)).planes for line in p.lines for e in line.events]
+        profile = ProfileData.from_file(str(file))  # events point into it
+        events = [e for plane in profile.planes for line in plane.lines for e in line.events]
         steps = [event for event in events if event.name == STEP_NAME]
         assert all(event.duration_ns > 0 for event in steps)
         assert len(events) > 10 * len(steps), "what the steps are made of is in it as well"
