@@ -156,7 +156,7 @@ def hub_server() -> Iterator[Hub]:
                 return
             hub.repositories[name] = {"main": hub.uploads / name}
             (hub.uploads / name).mkdir(parents=True)
-            if wanted.get("private"):
+            if wanted.get("private") or wanted.get("visibility") == "private":  # the latter: version 1 of the client
                 hub.private.add(name)
             self.answer_json({"url": f"{hub.url}/{name}"})
 

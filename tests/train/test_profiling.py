@@ -17,15 +17,18 @@ from helpers.bits import assert_same_tensors
 from helpers.texts import TOLD
 from helpers.tiny_checkpoints import tiny_checkpoint
 
-pytestmark = pytest.mark.usefixtures("standard_promotion_throughout")
+pytestmark = [
+    pytest.mark.usefixtures("standard_promotion_throughout"),
+    # Of jax's reader of traces under Python 3.13, which ends the process where the warning is made an error.
+    pytest.mark.filterwarnings("ignore:builtin type event_:DeprecationWarning"),
+]
 
 
 def steps_recorded(run: Path) -> list[list[int]]:
     """The steps of each trace that is there, and that each of them took time."""
     found = []
     for file in sorted((run / "profile" / "plugins" / "profile").glob("*/*.xplane.pb")):
-        profile = ProfileData.from_file(str(file))  # events point into it
-        events = [e for plane in profile.planes for line in plane.lines for e in line.events]
+        events = [e for p in ProfileData.from_file(str(file)).planes for line in p.lines for e in line.events]
         steps = [event for event in events if event.name == STEP_NAME]
         assert all(event.duration_ns > 0 for event in steps)
         assert len(events) > 10 * len(steps), "what the steps are made of is in it as well"
