@@ -16,8 +16,13 @@ from gsa_jax.files import refuse_foreign
 from gsa_jax.json_files import read_json
 from gsa_jax.stand_ins import stand_in
 
-_WEIGHT_STEMS = ("model.safetensors", "pytorch_model.bin")
-"""Names of weight files, in the order in which they are looked for; with `.index.json`, of lists of shards."""
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Weights, whole or as an index of their shards, in the order in which they are looked for."""
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -64,8 +69,7 @@ def refuse_adapter(where: object, names: Collection[str]) -> None:
 
 def holds_checkpoint(names: Collection[str]) -> bool:
     """Whether a folder or repository with these files and folders at its top is a checkpoint of this package."""
-    formats = {name for stem in _WEIGHT_STEMS for name in (stem, f"{stem}.index.json")}
-    return WEIGHTS_FOLDER in names and not formats & set(names)
+    return WEIGHTS_FOLDER in names and not set(_WEIGHT_FILES) & set(names)
 
 
 def refuse_checkpoint(where: object, names: Collection[str], remedy: str = "use it as it is") -> None:
@@ -80,10 +84,9 @@ def weight_file(where: object, names: Collection[str]) -> str:
     Raises:
         InputError: there is none.
     """
-    for stem in _WEIGHT_STEMS:
-        for name in (stem, f"{stem}.index.json"):
-            if name in names:
-                return name
+    for name in _WEIGHT_FILES:
+        if name in names:
+            return name
     if "zero_to_fp32.py" in names:
         raise InputError(
             f"{where}: holds parts that DeepSpeed saved; make them one first, there: python zero_to_fp32.py . "
@@ -106,20 +109,17 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         InputError: there are none, or some are missing.
     """
-    file = folder / weight_file(folder, {path.name for path in folder.iterdir() if path.is_file()})
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    file = folder / weight_file(folder, names)
     if file.suffix != ".json":
         return [file]
     refuse_foreign(folder, [file.name])
     refuse_stand_in(file)
-    return [*_shards(file), file]
-
-
-def _shards(index: Path) -> list[Path]:
-    names = shard_names(index)
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    shards = shard_names(file)
+    missing = [name for name in shards if name not in names]
     if missing:
-        raise InputError(f"{index}: shards are missing: {listed(missing)}")
-    return [index.parent / name for name in names]
+        raise InputError(f"{file}: shards are missing: {listed(missing)}")
+    return [*(folder / name for name in shards), file]
 
 
 def shard_names(index: Path) -> list[str]:

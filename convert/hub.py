@@ -19,7 +19,7 @@ from gsa_jax.convert.folder import (
     shard_names,
     weight_file,
 )
-from gsa_jax.errors import InputError, first_line
+from gsa_jax.errors import InputError, first_line, listed
 
 
 class FoundFolder(NamedTuple):
@@ -106,7 +106,7 @@ class _Repository:
             weights += shard_names(self._fetch([chosen]) / chosen)
             missing = [name for name in weights if name not in files]
             if missing:
-                raise InputError(f"{self._label}: {chosen} lists shards that are not there: {', '.join(missing[:5])}")
+                raise InputError(f"{self._label}: {chosen} lists shards that are not there: {listed(missing)}")
         return self._fetch([CONFIG_FILE, *others, *weights])
 
     def _fetch(self, names: list[str]) -> Path:

@@ -25,7 +25,7 @@ from gsa_jax.checkpoint import (
     save,
     tokenizer_files,
 )
-from gsa_jax.config import DTYPES, GPTNeoConfig, carried_fields, read_config_values
+from gsa_jax.config import DTYPES, GPTNeoConfig, carried_fields
 from gsa_jax.convert.folder import refuse_stand_in
 from gsa_jax.convert.names import Plan, plan
 from gsa_jax.convert.reader import Source, SourceTensor, open_source
@@ -173,7 +173,7 @@ class Conversion:
 
     def reports(self, report: ConversionReport) -> dict[str, dict[str, Any]]:
         """Files that are written beside the weights: this report, and fields that the model has no use for."""
-        carried = carried_fields(read_config_values(self.opened.folder / CONFIG_FILE))
+        carried = carried_fields(self.opened.values)
         return {REPORT_FILE: dataclasses.asdict(report)} | ({CARRIED_FILE: carried} if carried else {})
 
 

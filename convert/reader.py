@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -53,7 +54,7 @@ class Source:
     """An opened Hugging Face folder.
 
     Attributes:
-        model_type: of its `config.json`; how the tensors are named and stored.
+        values: all fields of its `config.json`.
         files: that hold the tensors, and their index if there is one.
         containers: a phrase for each file whose state dict stood in another dict: what it was taken out of.
         hub_id: `owner/name`, if the folder came from a hub.
@@ -61,11 +62,16 @@ class Source:
 
     folder: Path
     config: GPTNeoConfig
-    model_type: str
+    values: dict[str, Any]
     tensors: dict[str, SourceTensor]
     files: tuple[Path, ...]
     containers: tuple[str, ...]
     hub_id: str | None
+
+    @property
+    def model_type(self) -> str:
+        """How the tensors are named and stored."""
+        return self.values["model_type"]
 
 
 def open_source(source: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Source:
@@ -92,7 +98,7 @@ def open_folder(found: FoundFolder) -> Source:
     """
     folder = found.path
     refuse_checkpoint(folder, {path.name for path in folder.iterdir()})
-    config, model_type = check_config(folder), read_config_values(folder / CONFIG_FILE)["model_type"]
+    config, values = check_config(folder), read_config_values(folder / CONFIG_FILE)
     files = weight_files(folder)
     refuse_foreign(folder, [*(file.name for file in files), *TOKENIZER_FILES])
     tensors: dict[str, SourceTensor] = {}
@@ -110,7 +116,7 @@ def open_folder(found: FoundFolder) -> Source:
             tensors[name] = tensor
     if not tensors:
         raise InputError(f"{folder}: its weight files hold no tensors")
-    return Source(folder, config, model_type, tensors, tuple(files), tuple(containers), found.hub_id)
+    return Source(folder, config, values, tensors, tuple(files), tuple(containers), found.hub_id)
 
 
 def _open_safetensors(file: Path) -> dict[str, SourceTensor]:

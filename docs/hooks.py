@@ -29,8 +29,13 @@ ROOT = Path(__file__).parents[1]
 NOT_SEARCHED = "---\nsearch:\n  exclude: true\n---\n\n"
 LINK = re.compile(r"(?<=\]\()([^)#:\s]+)")
 """The target of a link to a file."""
-INCLUDED = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-"""Of the repository, parts of which are on pages."""
+INCLUDED = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+}
+"""Of the repository, and the pages that have them, or parts of them."""
 _ELSEWHERE = r"""["']?(?:https?:)?//[^"'> ]+"""
 LOADED = re.compile(
     rf"""<(?:script|img|iframe|source|video|audio)\b[^>]*\ssrc={_ELSEWHERE}"""
@@ -102,6 +107,8 @@ def _commands() -> str:
 
 def _source_page(path: str) -> str:
     """Where a file or folder of the repository is in the site."""
+    if path in INCLUDED:
+        return INCLUDED[path]
     if (ROOT / path).is_dir():
         return f"source/{path}/index.md"
     return f"source/{path}.md" if path.endswith(".py") else f"source/{path}"

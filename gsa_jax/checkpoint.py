@@ -166,7 +166,7 @@ def _write_weights(folder: Path, tensors: dict[str, np.ndarray]) -> None:
         ocp.save(str(folder), tensors)
 
 
-DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, FileNotFoundError)
+DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, FileNotFoundError, RecursionError)
 """What Orbax and TensorStore raise on damaged or missing files; everything else has another cause."""
 
 
@@ -334,7 +334,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 def _with_tokenizer(folder: str | Path) -> Path:
     folder = Path(folder)
-    refuse_foreign(folder, TOKENIZER_FILES)
+    refuse_foreign(folder, [*TOKENIZER_FILES, CONFIG_FILE])  # in which transformers looks for what the others lack
     if not has_tokenizer(folder):
         raise InputError(
             f"{folder}: no tokenizer in it (tokenizer.json, or vocab.json and merges.txt); copy its files there, or "

@@ -1,7 +1,7 @@
 """Output folders and files that are either whole or absent.
 
 May be changed here: how a result is staged and what a full disk says. Everything that writes for a user goes through
-`new_folder` or `new_file`.
+`new_folder` or `new_file`, and what a run writes again and again through `replace_text`.
 """
 
 from __future__ import annotations
@@ -73,6 +73,13 @@ def _remove(folder: Path) -> None:
         if not folder.exists():
             return
         time.sleep(0.05)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file anew: a kill finds the old one or the new one, never half of one. Raises `OSError` if it cannot."""
+    staged = path.with_name(f".{path.name}.partial")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
 
 
 def refuse_existing(out: Path) -> None:

@@ -30,7 +30,7 @@ from gsa_jax.layer_scan import scan_layers
 from gsa_jax.layers import ACTIVATION_FUNCTIONS, Linear
 from gsa_jax.ops import SplatState, linear, look_up
 from gsa_jax.ops.partition import keep_rows_apart
-from gsa_jax.ops.segments import check_segment_ids, positions_from_mask, token_mask
+from gsa_jax.ops.segments import check_segment_ids, join_masks, positions_from_mask, token_mask
 
 
 @no_type_check  # a pytree also holds shapes and shardings
@@ -147,12 +147,17 @@ class GPTNeoModel(nnx.Module):
             positions: if None, counted from the masks, and continued from the tokens in the cache.
             cache: what an earlier call returned for the tokens before these.
             capacity: given at the first of several calls: how many slots all of them will take together.
+
+        Raises:
+            InputError: outside of `jit`, a token has an id or a position that there is none of.
         """
         before = jnp.zeros(input_ids.shape[0], jnp.int32) if cache is None else cache.tokens
         if positions is None:
             positions = before[:, None] + positions_from_mask(attention_mask, segment_ids)
+        is_token = join_masks(attention_mask, segment_ids) != 0
+        self._check_numbers(input_ids, positions, is_token)
         # Padding may hold any number. What it looks up is given a weight of 0, and 0 * NaN would be NaN.
-        input_ids, positions = (jnp.where(attention_mask, x, jnp.zeros_like(x)) for x in (input_ids, positions))
+        input_ids, positions = (jnp.where(is_token, x, jnp.zeros_like(x)) for x in (input_ids, positions))
         hidden_states = self.embed(input_ids, positions)
 
         def run(block: GPTNeoBlock, hidden_states: jax.Array, state: SplatState | None) -> Any:
@@ -176,30 +181,31 @@ class GPTNeoModel(nnx.Module):
             return hidden_states, None
         return hidden_states, Cache(tuple(following), before + jnp.sum(attention_mask, axis=1, dtype=jnp.int32))
 
+    def _check_numbers(
+        self, input_ids: Int[Array, "B T"], positions: Int[Array, "B T"], is_token: Bool[Array, "B T"]
+    ) -> None:
+        """Raises `InputError` for a token whose id or position the model does not have, where numbers can be seen."""
+        ends = "give shorter texts, or the model more positions: gsa train finetune --max-positions"
+        for what, numbers, count, remedy in (
+            ("token id", input_ids, self.wte.num_embeddings, "does the tokenizer belong to this model?"),
+            ("position", positions, self.wpe.num_embeddings, ends),
+        ):
+            if isinstance(numbers, Tracer) or isinstance(is_token, Tracer):
+                continue
+            known = np.asarray(numbers)
+            outside = np.argwhere(np.asarray(is_token) & ((known < 0) | (known >= count)))
+            if len(outside):
+                row, slot = outside[0].tolist()
+                raise InputError(
+                    f"row {row} has a token with {what} {known[row, slot]}, the model has {count}; {remedy}"
+                )
+
 
 def _token_ids(input_ids: ArrayLike) -> Int[Array, "B T"]:
     ids = jnp.asarray(input_ids)
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise InputError(f"input_ids is {ids.dtype}{list(ids.shape)}; give integers of shape [rows, tokens]")
     return ids
-
-
-def _check_numbers(
-    config: GPTNeoConfig, ids: Int[Array, "B T"], positions: Int[Array, "B T"], mask: Bool[Array, "B T"]
-) -> None:
-    """Raises `InputError` for a token whose id or position the model does not have, where numbers can be seen."""
-    ends = "give shorter texts, or the model more positions: gsa train finetune --max-positions"
-    for what, numbers, count, remedy in (
-        ("token id", ids, config.vocab_size, "does the tokenizer belong to this model?"),
-        ("position", positions, config.max_position_embeddings, ends),
-    ):
-        if isinstance(numbers, Tracer) or isinstance(mask, Tracer):
-            continue
-        known = np.asarray(numbers)
-        outside = np.argwhere(np.asarray(mask) & ((known < 0) | (known >= count)))
-        if len(outside):
-            row, slot = outside[0].tolist()
-            raise InputError(f"row {row} has a token with {what} {known[row, slot]}, the model has {count}; {remedy}")
 
 
 class GPTNeoForCausalLM(nnx.Module):
@@ -254,9 +260,6 @@ class GPTNeoForCausalLM(nnx.Module):
         ids = _token_ids(input_ids)
         mask = token_mask(attention_mask, ids.shape)
         segments = None if segment_ids is None else check_segment_ids(segment_ids, ids.shape)
-        mask = mask if segments is None else mask & (segments != 0)
-        positions = positions_from_mask(mask, segments) if positions is None else positions
-        _check_numbers(self.config, ids, positions, mask)
         return self.transformer(ids, mask, segments, positions)[0]
 
     def prefill(
@@ -289,9 +292,7 @@ class GPTNeoForCausalLM(nnx.Module):
     ) -> tuple[Float[Array, "B V"], Cache]:
         ids = _token_ids(input_ids)
         mask = token_mask(attention_mask, ids.shape)
-        positions = positions_from_mask(mask) + (0 if cache is None else cache.tokens[:, None])
-        _check_numbers(self.config, ids, positions, mask)
-        hidden_states, following = self.transformer(ids, mask, None, positions, cache, capacity=capacity)
+        hidden_states, following = self.transformer(ids, mask, cache=cache, capacity=capacity)
         assert following is not None, "a cache or a capacity gives a cache"
         return self._logits(hidden_states[:, -1]), following
 

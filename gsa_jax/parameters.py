@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from gsa_jax.attention import splat_shapes
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError, listed
 from gsa_jax.model import GPTNeoForCausalLM
@@ -24,6 +25,8 @@ Tensor = TypeVar("Tensor", np.ndarray, jax.Array)
 
 _HF_LEAF_NAMES = {"scale": "weight", "embedding": "weight"}
 """The leaves that Flax calls differently than PyTorch: of a layer norm and of an embedding."""
+
+_FIRST_LAYER = "transformer.h.0."
 
 TOKEN_EMBEDDING = "transformer.wte.weight"
 POSITION_EMBEDDING = "transformer.wpe.weight"
@@ -66,9 +69,21 @@ def named_parameters(model: GPTNeoForCausalLM) -> dict[str, jax.Array]:
 
 
 def expected_shapes(config: GPTNeoConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter that a model of this configuration has; allocates nothing."""
-    flat = nnx.to_flat_state(nnx.state(_abstract_model(config), nnx.Param))
-    return {_tensor_name(path): tuple(leaf.get_value().shape) for path, leaf in flat}
+    """Name and shape of every parameter that a model of this configuration has; allocates nothing.
+
+    A configuration may claim any number of layers, and tracing one takes long: layers differ in their splats alone.
+    """
+    one_layer = dataclasses.replace(config, num_layers=1, attention_types=((("global",), 1),), splats=None)
+    flat = nnx.to_flat_state(nnx.state(_abstract_model(one_layer), nnx.Param))
+    shapes = {_tensor_name(path): tuple(leaf.get_value().shape) for path, leaf in flat}
+    block = {name: shapes.pop(name) for name in list(shapes) if name.startswith(_FIRST_LAYER)}
+    expected = {}
+    for layer in range(config.num_layers):
+        of_layer = {f"transformer.h.{layer}.{name.removeprefix(_FIRST_LAYER)}": shape for name, shape in block.items()}
+        if layer in config.splat_layers:
+            of_layer |= {attention_tensor(layer, leaf): shape for leaf, shape in splat_shapes(config, layer).items()}
+        expected |= dict(sorted(of_layer.items()))
+    return expected | shapes
 
 
 def build_model(

@@ -33,6 +33,7 @@ _LONGEST_LINE = 2**25
 
 _LONGEST_DOCUMENT = 2**26
 """Characters of a document, or of a part of it without a place to cut: what is held in memory at once."""
+
 _NOT_TEXT = (".json", ".csv", ".tsv", ".ndjson", ".arrow")
 """Of files that hold documents among other things, which would be read as text."""
 

@@ -98,7 +98,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fuzz-examples",
         type=int,
-        default=1_500,
+        default=10_000,
         help="damaged inputs that the slow part has for all readers together",
     )
     parser.addoption("--fuzz-report", metavar="FILE", help="append to it, as JSON lines, what came of damaged inputs")

@@ -1,12 +1,15 @@
 """More positions: the new rows are those of numpy, and the model with them is PyTorch's."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from gsa_jax import GPTNeoConfig, InputError
-from gsa_jax.parameters import POSITION_EMBEDDING, build_model, extend_positions, named_parameters
+from gsa_jax import GPTNeoConfig, GPTNeoForCausalLM, InputError, SplatConfig
+from gsa_jax.parameters import POSITION_EMBEDDING, build_model, expected_shapes, extend_positions, named_parameters
 from helpers.tiny_models import random_ids, tiny_model
 
 
@@ -67,6 +70,28 @@ def test_the_longer_model_is_the_one_that_pytorch_has(method) -> None:
     np.testing.assert_allclose(np.asarray(longer(ids)), expected, atol=2e-4)
     short = np.asarray(model(ids[:, :12]))
     assert np.array_equal(np.asarray(longer(ids[:, :12])), short) == (method == "tile")
+
+
+@pytest.mark.parametrize(
+    "splats",
+    [
+        None,
+        SplatConfig(num_splats=3, window=2, kept=2, norm_gain=True, importance="learned"),
+        SplatConfig(layers=(0, 10), num_splats=(2, 5), window=(2, 4), kept=(0, 1)),
+    ],
+    ids=["none", "alike", "others in each layer"],
+)
+@pytest.mark.parametrize("donor", ["gpt_neo", "gpt2"])
+def test_expected_shapes_are_those_of_a_model(donor, splats) -> None:
+    if donor == "gpt2":
+        settings = {"n_embd": 8, "n_layer": 11, "n_head": 2}
+    else:
+        settings = {"hidden_size": 8, "num_layers": 11, "num_heads": 2, "attention_types": [[["global"], 11]]}
+    config = GPTNeoConfig.from_hf({"model_type": donor, "vocab_size": 5} | settings)
+    config = dataclasses.replace(config, splats=splats)
+    model = GPTNeoForCausalLM(config, rngs=nnx.Rngs(0))
+    shapes = {name: x.shape for name, x in named_parameters(model).items()}
+    assert list(expected_shapes(config).items()) == list(shapes.items())
 
 
 def test_as_many_positions_change_nothing() -> None:

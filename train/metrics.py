@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from gsa_jax.errors import InputError
-from gsa_jax.files import refuse_foreign
+from gsa_jax.files import refuse_foreign, replace_text
 from gsa_jax.json_files import parse_json
 from gsa_jax.train.tracking import Record, Tracking
 
@@ -36,11 +36,8 @@ class MetricsLog:
         kept = [record for record in read_metrics(folder) if record["step"] <= after] if path.exists() else []
         self._path = path
         self._tracking = tracking
-        staged = path.with_name(f".{METRICS_FILE}.partial")
         try:
-            # A kill must not find the file half written.
-            staged.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            staged.replace(path)
+            replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from None

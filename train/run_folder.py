@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
-from gsa_jax.files import refuse_existing, refuse_foreign
+from gsa_jax.files import refuse_existing, refuse_foreign, replace_text
 from gsa_jax.json_files import read_json
 from gsa_jax.train.config import TrainConfig
 
@@ -94,9 +94,7 @@ def _make(path: Path, resolved: dict[str, Any]) -> None:
 def _write(path: Path, resolved: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f".{RUN_FILE}.partial")
-        staged.write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
-        staged.replace(path)
+        replace_text(path, json.dumps(resolved, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"{path.parent}: cannot be made ({error.strerror})") from None
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gsa_jax.errors import InputError, first_line
+from gsa_jax.files import replace_text
 from gsa_jax.json_files import read_json
 from gsa_jax.train.config import Tracker
 
@@ -117,10 +118,8 @@ class _RunOfALibrary(Tracking):
     def _give(self, step: int, numbers: Mapping[str, float]) -> None:
         # Noted first: rather a record that is missing after a kill than one that is there twice.
         self._tracked[self._library]["last"] = list(self._last)
-        staged = self._file.with_name(f".{TRACKED_FILE}.partial")
         try:
-            staged.write_text(json.dumps(self._tracked) + "\n", encoding="utf-8")
-            staged.replace(self._file)
+            replace_text(self._file, json.dumps(self._tracked) + "\n")
         except OSError as error:
             raise InputError(f"{self._file}: cannot be written ({error.strerror})") from None
         self._run.log(dict(numbers), step=step)

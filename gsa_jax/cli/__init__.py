@@ -98,7 +98,7 @@ def _run() -> NoReturn:
 
 
 def _fail(error: InputError) -> NoReturn:
-    print(f"gsa: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"gsa: {error}", file=sys.stderr)
     sys.exit(2)
 
 

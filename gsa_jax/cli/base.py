@@ -1,13 +1,15 @@
-"""What commands share: the base class, options of splats, progress and tables.
+"""What commands share: the base class, options of splats, reports in JSON, progress and tables.
 
 May be changed here: how results and progress look, and the options that name a `SplatConfig`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -82,6 +84,23 @@ class SplatCommand(Command):
         if given and self.num_splats is None:
             raise InputError(f"--{next(iter(given))}: how many splats? Give --num-splats or --preset as well")
         return SplatConfig(**given) if given else None
+
+
+@contextlib.contextmanager
+def json_report(out: Path | None) -> Iterator[Callable[..., None]]:
+    """Gives a function that writes what `--json` asks for, with options of `json.dumps`; without a file, nothing.
+
+    The file is refused before the work begins, and is whole or absent.
+    """
+    from gsa_jax.files import new_file
+
+    with contextlib.nullcontext() if out is None else new_file(out) as staging:
+
+        def write(values: Any, **options: Any) -> None:
+            if staging is not None:
+                staging.write_text(json.dumps(values, indent=2, **options) + "\n", encoding="utf-8")
+
+        yield write
 
 
 def progress(names: Iterable[str], label: str) -> Iterable[str]:

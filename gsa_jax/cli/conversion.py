@@ -5,16 +5,14 @@ May be changed here: their options and what they print.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from gsa_jax.cli.base import Command, SplatCommand, TextCommand, print_table, progress, status
+from gsa_jax.cli.base import Command, SplatCommand, TextCommand, json_report, print_table, progress, status
 from gsa_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -135,9 +133,8 @@ class Verify(TextCommand):
 
     def run(self) -> int:
         from gsa_jax.convert.verify import verify
-        from gsa_jax.files import new_file
 
-        with status("running both models"), new_file(self.json) if self.json else contextlib.nullcontext() as staging:
+        with status("running both models"), json_report(self.json) as write:
             comparisons = verify(
                 self.source,
                 self.checkpoint,
@@ -145,10 +142,8 @@ class Verify(TextCommand):
                 revision=self.revision,
                 subfolder=self.subfolder,
             )
-            if staging is not None:
-                rows = [{**dataclasses.asdict(found), "agrees": found.agrees} for found in comparisons]
-                report = {"source": self.source, "checkpoint": str(self.checkpoint), "comparisons": rows}
-                staging.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            rows = [{**dataclasses.asdict(found), "agrees": found.agrees} for found in comparisons]
+            write({"source": self.source, "checkpoint": str(self.checkpoint), "comparisons": rows})
         print_table(
             f"{self.checkpoint} against {self.source}",
             ["oracle", "input", "tokens", "max abs", "rel. RMS", "tolerance", "top-1", "loss", "its loss", ""],

@@ -5,16 +5,14 @@ May be changed here: its options and what it prints.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from gsa_jax.cli.base import TextCommand, print_table, progress
+from gsa_jax.cli.base import TextCommand, json_report, print_table, progress
 from gsa_jax.errors import InputError
 from gsa_jax.splat_config import describe
 
@@ -59,14 +57,12 @@ class Eval(TextCommand):
     def run(self) -> int:
         from gsa_jax.evaluation import evaluate, evaluate_passkey
         from gsa_jax.evaluation.passkey import Passkey
-        from gsa_jax.files import new_file
 
         options = self._options()
-        with new_file(self.json) if self.json else contextlib.nullcontext() as staging:
+        with json_report(self.json) as write:
             run_task = evaluate_passkey if self.task == "passkey" else evaluate
             found = run_task(self.checkpoint, self.text_files(), **options)
-            if staging is not None:
-                staging.write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
+            write(dataclasses.asdict(found))
         if isinstance(found, Passkey):
             _print_passkey(found)
         else:

@@ -5,9 +5,7 @@ May be changed here: their options and what they print.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import re
 import time
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from gsa_jax.cli.base import SplatCommand, TextCommand, print_table, progress, status
+from gsa_jax.cli.base import SplatCommand, TextCommand, json_report, print_table, progress, status
 from gsa_jax.errors import InputError
 from gsa_jax.splat_config import describe
 
@@ -171,13 +169,11 @@ class Diagnose(TextCommand):
     """File to make with all numbers."""
 
     def run(self) -> int:
-        from gsa_jax.files import new_file
         from gsa_jax.fitting import diagnose
 
-        with status("measuring"), new_file(self.json) if self.json else contextlib.nullcontext() as staging:
+        with status("measuring"), json_report(self.json) as write:
             diagnostics = diagnose(self.checkpoint, self.text_files(), window=self.window, kept=self.kept)
-            if staging is not None:
-                staging.write_text(json.dumps(diagnostics.to_json(), indent=2) + "\n", encoding="utf-8")
+            write(diagnostics.to_json())
         print_table(
             f"{self.checkpoint}: {describe(diagnostics.splats)}; {diagnostics.tokens:,} tokens, "
             f"loss {diagnostics.loss:.4f}; of each pair the exact model's number comes first",

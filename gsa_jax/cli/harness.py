@@ -5,15 +5,13 @@ May be changed here: its options and what it prints. The model that the harness 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from gsa_jax.cli.base import Command
+from gsa_jax.cli.base import Command, json_report
 from gsa_jax.errors import InputError, first_line
 
 
@@ -43,8 +41,6 @@ class LmEval(Command):
     """File to make with all results."""
 
     def run(self) -> int:
-        from gsa_jax.files import new_file
-
         try:
             from lm_eval.evaluator import simple_evaluate
             from lm_eval.tasks import TaskManager
@@ -59,7 +55,7 @@ class LmEval(Command):
         unknown = [name for name in self.tasks if not manager.match_tasks([name])]
         if unknown or not self.tasks:
             raise InputError(f"unknown tasks: {', '.join(unknown) or 'none given'}; `lm-eval ls tasks` lists them")
-        with new_file(self.json) if self.json else contextlib.nullcontext() as staging:
+        with json_report(self.json) as write:
             model = GaussianSplatLM(
                 self.checkpoint, window=self.window, kept=self.kept, dtype=self.dtype, batch_size=self.batch_size
             )
@@ -75,9 +71,7 @@ class LmEval(Command):
             except OSError as error:  # also that there is no network, or no such data set
                 raise InputError(f"the data of a task cannot be loaded ({first_line(error)})") from error
             assert results is not None, "there is one process"
-            if staging is not None:
-                text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-                staging.write_text(text + "\n", encoding="utf-8")
+            write(results, default=handle_non_serializable, ensure_ascii=False)
         print(make_table(results))
         if results.get("groups"):
             print(make_table(results, "groups"))

@@ -26,13 +26,12 @@ from gsa_jax.fitting.statistics import (
     dead_splats,
     effective_splats,
     exact_log_weights,
-    exact_statistics,
     far_keys,
     mean_mass,
     projections,
+    row_statistics,
     sample_rows,
     splat_log_weights,
-    splat_statistics,
     take_rows,
 )
 from gsa_jax.loss import mean_next_token_loss
@@ -45,6 +44,8 @@ from gsa_jax.splat_config import LayerSplats, SplatConfig, Window
 from gsa_jax.text_files import Text
 
 _SEED = 0
+
+_TOKENS = 4096
 
 _WORDS = 20
 """That are reported of each head."""
@@ -137,7 +138,7 @@ def diagnose(
     *,
     window: Window | None = None,
     kept: int | None = None,
-    tokens: int = 4096,
+    tokens: int = _TOKENS,
 ) -> Diagnostics:
     """Diagnoses the splats of a checkpoint on the beginning of a text.
 
@@ -151,13 +152,17 @@ def diagnose(
             window is `"all"`, or no two tokens of a row are `window` apart.
     """
     config, tensors = load_tensors(folder)
-    config = config.with_window(window, kept)
-    input_ids, mask = calibration_tokens(Path(folder), text, config, tokens)
+    return diagnose_on(build_model(config.with_window(window, kept), tensors), folder, text, tokens=tokens)
+
+
+def diagnose_on(model: GPTNeoForCausalLM, folder: str | Path, text: Text, *, tokens: int = _TOKENS) -> Diagnostics:
+    """`diagnose` of a model that is there already; its tokenizer is the folder's."""
+    input_ids, mask = calibration_tokens(Path(folder), text, model.config, tokens)
     pieces = {number: piece for piece, number in open_tokenizer(folder).get_vocab().items()}
     words = [
         words_of([pieces[number] for number in row[valid].tolist()]) for row, valid in zip(input_ids, mask, strict=True)
     ]
-    return diagnose_model(build_model(config, tensors), input_ids, mask, words)
+    return diagnose_model(model, input_ids, mask, words)
 
 
 def diagnose_model(
@@ -195,9 +200,10 @@ def diagnose_model(
         splats, rows = attention.splats, take_rows(sample, projected, attention_mask)
         far = far_keys(rows, splats.importance, own.window, own.kept)
         kept = far_keys(rows, splats.importance, own.window, 0) & ~far
-        seen = exact.config.windows[layer]
-        exactly = exact_statistics(rows, far, seen=seen)
-        through = splat_statistics(rows, splats, far)
+        exact_weights = exact_log_weights(rows, seen=exact.config.windows[layer])
+        weights, through_each = splat_log_weights(rows, splats, far)
+        exactly = row_statistics(rows, far, exact_weights)
+        through = row_statistics(rows, far, weights, through_each)
         usage = np.asarray(through.usage)
         of_layer = gradients["transformer"]["h"][layer]["attn"]["attention"]
         columns = (
@@ -206,8 +212,8 @@ def diagnose_model(
             through.entropy,
             exactly.far_mass,
             through.far_mass,
-            mean_mass(exact_log_weights(rows, seen=seen), kept),
-            mean_mass(splat_log_weights(rows, splats, far)[0], kept),
+            mean_mass(exact_weights, kept),
+            mean_mass(weights, kept),
             effective_splats(usage),
             dead_splats(usage),
             np.full(config.num_heads, own.num_splats),

@@ -290,20 +290,36 @@ def main_splats(rows: AttentionRows, splats: Splats) -> Int[Array, "N H R T"]:
     return jax.lax.map(sequence, rows)
 
 
+@jax.jit
+def row_statistics(
+    rows: AttentionRows,
+    far: Bool[Array, "N H R T"],
+    log_weights: Float[Array, "N H R T"],
+    through: Float[Array, "N H R S"] | None = None,
+) -> RowStatistics:
+    """Of attention with these weights.
+
+    Args:
+        far: whose mass is counted.
+        through: of `splat_log_weights`, for the usage of splats.
+    """
+    usage = None
+    if through is not None:
+        usage = jnp.sum(through, axis=(0, 2))
+        usage /= jnp.maximum(jnp.sum(usage, axis=-1, keepdims=True), jnp.finfo(usage.dtype).tiny)
+    return RowStatistics(_normalised_entropy(log_weights, rows), mean_mass(log_weights, far), usage)
+
+
 @functools.partial(jax.jit, static_argnames="seen")
 def exact_statistics(rows: AttentionRows, far: Bool[Array, "N H R T"], *, seen: Window) -> RowStatistics:
     """Of exact attention that sees the last `seen` tokens; `far` says whose mass is counted."""
-    log_weights = exact_log_weights(rows, seen=seen)
-    return RowStatistics(_normalised_entropy(log_weights, rows), mean_mass(log_weights, far), None)
+    return row_statistics(rows, far, exact_log_weights(rows, seen=seen))
 
 
 @jax.jit
 def splat_statistics(rows: AttentionRows, splats: Splats, far: Bool[Array, "N H R T"]) -> RowStatistics:
     """Of attention to far keys through splats, and to all others exactly."""
-    log_weights, through = splat_log_weights(rows, splats, far)
-    usage = jnp.sum(through, axis=(0, 2))
-    usage /= jnp.maximum(jnp.sum(usage, axis=-1, keepdims=True), jnp.finfo(usage.dtype).tiny)
-    return RowStatistics(_normalised_entropy(log_weights, rows), mean_mass(log_weights, far), usage)
+    return row_statistics(rows, far, *splat_log_weights(rows, splats, far))
 
 
 def _distances(rows: AttentionRows) -> tuple[jax.Array, jax.Array]:

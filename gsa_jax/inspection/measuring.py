@@ -22,7 +22,7 @@ from gsa_jax.config import GPTNeoConfig, Window
 from gsa_jax.errors import InputError
 from gsa_jax.evaluation.arms import make_arms
 from gsa_jax.evaluation.perplexity import Evaluation, score_losses, token_losses
-from gsa_jax.fitting.diagnosis import Diagnostics, diagnose
+from gsa_jax.fitting.diagnosis import Diagnostics, diagnose_on
 from gsa_jax.fitting.statistics import (
     AttentionRows,
     exact_log_weights,
@@ -169,7 +169,7 @@ def measure(
     stored, tensors = load_tensors(checkpoint)
     config = stored.with_window(window, kept)
     path = stages(folder, compare, config, tensors)
-    diagnostics = diagnose(checkpoint, text, window=window, kept=kept)  # which refuses models that use no splats
+    diagnostics = diagnose_on(build_model(config, tensors), checkpoint, text)  # which refuses models that use no splats
     tokenizer = open_tokenizer(checkpoint)
     documents = list(_beginnings(text))
     ids = _passage(documents, tokenizer, config)

@@ -305,8 +305,7 @@ def _change_arrays(draw: Draw, files: dict[str, Any], state: str, outside: str) 
         held = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{made}/{state}/"}}
         store = tensorstore.KvStore.open(held).result()
         keys = sorted(store.list().result())
-        for _ in range(draw(st.integers(1, 2))):
-            key = keys[_at(draw, len(keys))]
+        for key in draw(st.lists(st.sampled_from(keys), min_size=1, max_size=2, unique=True)):
             content = store.read(key).result().value
             if key.endswith((b".zarray", b"zarr.json")) and draw(st.integers(0, 4)):
                 content = change_json(draw, content.decode(), _FIELDS, outside).encode("utf-8", "surrogatepass")

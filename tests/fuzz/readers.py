@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 from gsa_jax.checkpoint import load, open_tokenizer, save
 from gsa_jax.cli.generation import read_prompts
 from gsa_jax.config import GPTNeoConfig
+from gsa_jax.convert.donors import LAYOUTS
 from gsa_jax.convert.exporter import export
 from gsa_jax.convert.folder import check_config
 from gsa_jax.convert.hub import find_folder
@@ -51,6 +52,9 @@ SETTINGS = {
     "num_heads": 2, "attention_types": [[["global"], 1]], "window_size": 4, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
 CONFIG = GPTNeoConfig.from_hf(SETTINGS)
+GPT2 = GPTNeoConfig.from_hf(
+    {"model_type": "gpt2", "vocab_size": 17, "n_positions": 8, "n_embd": 4, "n_layer": 1, "n_head": 2}
+)
 SPLATS = dataclasses.replace(CONFIG, splats=SplatConfig(num_splats=2, window=2, kept=1, norm_gain=True))
 TEXTS = ("Once upon a time\n", "there was a café.\n", "The end")
 VOCABULARY = ["<|endoftext|>", *"abcdehinopt", "Ġ", "th", "in", "on", "an"]
@@ -68,6 +72,11 @@ def _config(folder: Path, config: GPTNeoConfig = CONFIG) -> None:
 def _safetensors(folder: Path) -> None:
     _config(folder)
     save_file(weights(CONFIG), folder / "model.safetensors")
+
+
+def _gpt2(folder: Path) -> None:
+    _config(folder, GPT2)
+    save_file(LAYOUTS["gpt2"].write(weights(GPT2)), folder / "model.safetensors")
 
 
 def _sharded(folder: Path) -> None:
@@ -379,13 +388,14 @@ class Reader:
 
 
 READERS = {
-    "config": Reader(_config, _read_config, 110),
-    "safetensors": Reader(_safetensors, _convert, 110),
+    "config": Reader(_config, _read_config, 90),
+    "safetensors": Reader(_safetensors, _convert, 90),
+    "gpt2": Reader(_gpt2, _convert, 60),
     "index": Reader(_sharded, _convert, 70),
     "archive": Reader(_archive, _convert, 110),
     "trainer": Reader(_trainer, _convert, 50),
     "legacy": Reader(_legacy, _convert, 80),
-    "tokenizer": Reader(_tokenizer, _read_tokenizer, 110),
+    "tokenizer": Reader(_tokenizer, _read_tokenizer, 90),
     "old-tokenizer": Reader(_old_tokenizer, _read_tokenizer, 30),
     "generation": Reader(_generation_config, _read_generation_config, 40),
     "checkpoint": Reader(_checkpoint, load, 50),

@@ -6,6 +6,7 @@ May be changed here: an input for each fault that fuzzing or reading has found, 
 import gzip
 import json
 import os
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from gsa_jax.text_files import TextFiles, read_pieces
 from gsa_jax.train.metrics import read_metrics
 from gsa_jax.train.plot import plot_run
 from gsa_jax.train.run_folder import open_run
+
+NESTED = '{"item_handlers": ' + "[" * 100_000
+"""What a checkpoint of Orbax says of itself."""
 
 
 @pytest.fixture
@@ -68,6 +72,25 @@ def test_configurations_that_claim_too_much(source, run_gsa, tmp_path, changes, 
     assert outcome.err[:-1].isprintable() and len(outcome.err) < 2000
 
 
+def test_layers_that_are_claimed_and_not_there(tmp_path):
+    """Hundreds of them were traced one by one, which took longer than reading a large model."""
+    READERS["gpt2"].make(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"n_layer": 512}))
+    started = time.process_time()
+    with pytest.raises(InputError, match="tensors do not fit"):
+        READERS["gpt2"].call(tmp_path)
+    assert time.process_time() - started < 5
+
+
+def test_shards_of_names_that_no_file_can_have(tmp_path):
+    READERS["index"].make(tmp_path)
+    for name in ("[" * 1000, "\0"):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+        with pytest.raises(InputError, match="shards are missing"):
+            READERS["index"].call(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "additional_chat_templates"])
 def test_links_that_lead_out_of_a_folder(source, run_gsa, tmp_path, name):
     outside = tmp_path / "outside"
@@ -77,6 +100,16 @@ def test_links_that_lead_out_of_a_folder(source, run_gsa, tmp_path, name):
     (source / name).symlink_to(outside / name if name != "additional_chat_templates" else outside)
     (outside / "secret").write_text("secret")
     run_gsa("convert", source, tmp_path / "out").assert_refused(source / name, "leads out of its folder")
+
+
+def test_a_link_that_transformers_would_follow_for_a_tokenizer(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    READERS["old-tokenizer"].make(folder)
+    (folder / "config.json").rename(tmp_path / "config.json")
+    (folder / "config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(InputError, match="leads out of its folder"):
+        open_tokenizer(folder)
 
 
 def test_links_within_a_folder_and_in_the_cache_of_a_hub(source, run_gsa, tmp_path):
@@ -161,6 +194,15 @@ def test_arrays_that_claim_terabytes(tmp_path, member):
         load(folder)
 
 
+def test_a_checkpoint_that_says_too_deeply_what_it_is(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    READERS["checkpoint"].make(folder)
+    (folder / "weights" / "_CHECKPOINT_METADATA").write_text(NESTED)
+    with pytest.raises(InputError, match="damaged checkpoint"):
+        load(folder)
+
+
 def test_weights_of_whole_numbers(tmp_path):
     from fuzz.readers import weights
 
@@ -222,9 +264,10 @@ def test_links_in_a_checkpoint_that_would_be_copied_or_uploaded(tmp_path, name):
         push_to_hub(folder, "owner/name")
 
 
-def test_a_checkpoint_of_a_run_that_says_nothing_of_itself(tmp_path):
+@pytest.mark.parametrize("said", ['{"item_handlers": [[]], "metrics": {}}', NESTED], ids=["nothing", "nested"])
+def test_a_checkpoint_of_a_run_that_says_nothing_of_itself(tmp_path, said):
     READERS["run"].make(tmp_path)
-    (tmp_path / "steps" / "1" / "_CHECKPOINT_METADATA").write_text('{"item_handlers": [[]], "metrics": {}}')
+    (tmp_path / "steps" / "1" / "_CHECKPOINT_METADATA").write_text(said)
     with pytest.raises(InputError, match="one of its _CHECKPOINT_METADATA is damaged"):
         READERS["run"].call(tmp_path)
 

@@ -105,6 +105,8 @@ class Watch:
             # `shutil.rmtree` opens folders by their names in another one, which the event does not tell.
             if self._inside(path) or (mode is None and not os.path.dirname(path)):
                 return None
+            if os.fsdecode(path).endswith(".pyx"):  # a traceback looks for the source of compiled code
+                return None
             writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)) if flags is not None else "r" not in mode
             installed = os.path.realpath(os.fsdecode(path)).startswith(_INSTALLED)
             return None if installed and not writes else f"opened {path!r:.300} {mode}"
