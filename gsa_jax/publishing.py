@@ -201,7 +201,7 @@ def _costs(folder: Path, config: GPTNeoConfig) -> Iterator[str]:
         yield said
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except _OTHER_SHAPE as error:
         raise InputError(f"{file}: not a report of gsa eval ({error!r}); make it anew, or remove it") from None
 
 
@@ -217,7 +217,7 @@ def _fit(folder: Path, config: GPTNeoConfig) -> Iterator[str]:
     try:
         tokens, text, seed = found["tokens"], found["text"], found["seed"]
         yield f"`gsa fit-init` placed them by {tokens:,} tokens of {_names(text)}, seed {seed}."
-    except (KeyError, TypeError, ValueError) as error:
+    except _OTHER_SHAPE as error:
         raise InputError(f"{file}: not a report of gsa fit-init ({error!r}); make it anew, or remove it") from None
 
 
@@ -248,8 +248,12 @@ def _verification(folder: Path) -> Iterator[str]:
             "an export of them:"
         )
         yield _table(["oracle", "input", "tokens", "relative RMS", "tolerance", "top-1", "loss", "its loss", ""], rows)
-    except (KeyError, TypeError, ValueError) as error:
+    except _OTHER_SHAPE as error:
         raise InputError(f"{file}: not a report of gsa verify ({error!r}); make it anew, or remove it") from None
+
+
+_OTHER_SHAPE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What comes of values that are not those of a report, such as texts in place of numbers."""
 
 
 def _estimate(values: dict[str, Any]) -> Estimate:

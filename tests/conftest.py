@@ -137,6 +137,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(StrictRun())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file() -> Iterator[None]:
+    """Forgets compiled programs with the file that needed them.
+
+    Each takes a few maps of memory, of which the system allows a process 65,530; beyond that, compilers crash.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """For arguments that the annotations forbid, of which the package says itself what is wrong."""

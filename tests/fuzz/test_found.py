@@ -17,7 +17,7 @@ from fuzz.readers import CONFIG, READERS, SPLATS, TEXTS, VOCABULARY, _run_settin
 from gsa_jax.checkpoint import OWN_FILES, load, open_tokenizer, save
 from gsa_jax.convert.splat_folder import read_splats
 from gsa_jax.errors import InputError
-from gsa_jax.publishing import push_to_hub
+from gsa_jax.publishing import model_card, push_to_hub
 from gsa_jax.text_files import TextFiles, read_pieces
 from gsa_jax.train.metrics import read_metrics
 from gsa_jax.train.plot import plot_run
@@ -192,6 +192,36 @@ def test_arrays_that_claim_terabytes(tmp_path, member):
     store.write(key, json.dumps(described).encode()).result()
     with pytest.raises(InputError, match="damaged checkpoint"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("eval.json", {"gap_closed": {"value": 1.0, "interval": ""}}),
+        ("eval.json", {"text": 3}),
+        ("fit_init.json", {"text": 3}),
+        ("fit_init.json", {"tokens": "x"}),
+        ("verify.json", {"comparisons": [3]}),
+    ],
+)
+def test_reports_that_are_none(tmp_path, name, changes):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    READERS["reports"].make(folder)
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+    with pytest.raises(InputError, match=rf"{name}: not a report of gsa"):
+        model_card(folder)
+
+
+def test_a_report_of_numbers_that_are_too_large(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    READERS["reports"].make(folder)
+    report = json.loads((folder / "verify.json").read_text())
+    report["comparisons"][0]["loss"] = 10**400
+    (folder / "verify.json").write_text(json.dumps(report))
+    with pytest.raises(InputError, match="not a report of gsa verify"):
+        model_card(folder)
 
 
 def test_a_checkpoint_that_says_too_deeply_what_it_is(tmp_path):
