@@ -209,6 +209,7 @@ def hub(tmp_path_factory, splat_checkpoint) -> Iterator[Hub]:
         yield served
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_models_of_a_hub(hub, tmp_path, splat_checkpoint):
     np.save(tmp_path / "ids.npy", IDS)

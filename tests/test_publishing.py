@@ -200,6 +200,7 @@ def test_what_is_no_checkpoint_has_no_card(tmp_path, story_neo):
         model_card(story_neo)
 
 
+@pytest.mark.slow
 def test_to_a_hub_and_back(copy, tmp_path):
     """By the real client; weights that were there before give way, and a card of the user's own is left as it is."""
     write_reports(copy)

@@ -27,6 +27,7 @@ from helpers.texts import STORIES
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_sources_that_transformers_does_not_read_by_itself(tmp_path):
     """Layers counted by another name, named one by one, and weights in a container behind a wrapper; a configuration

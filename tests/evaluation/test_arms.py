@@ -52,6 +52,7 @@ def cost(model, checkpoint: Path, context: int, max_documents: int | None = None
     return nats.numpy()[windows.attention_mask[:, 1:]].astype(np.float64).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_the_reference_is_the_exact_arm(checkpoint: Path, reference: Path, own: Evaluation) -> None:
     from helpers.hf_oracle import hf_model

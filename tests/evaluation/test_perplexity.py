@@ -147,6 +147,7 @@ def test_a_window_that_holds_the_context_is_exact_bit_for_bit(checkpoint: Path) 
     assert wide.gap_closed is None
 
 
+@pytest.mark.slow
 def test_arms_that_there_are_not_are_left_out(checkpoint: Path, evaluation: Evaluation) -> None:
     pure = evaluate(checkpoint, STORIES, window=0, context=CONTEXT)
     assert tuple(scores(pure)) == ("exact", "hybrid", "without-splats", "without-kept", "none")

@@ -58,6 +58,7 @@ def diagnosed(story_neo: Path, tmp_path_factory: pytest.TempPathFactory) -> Diag
     return Diagnosed(parent / "fitted", config, tensors, ids, mask, diagnose(parent / "fitted", STORIES))
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_statistics_are_those_of_float64_rows(diagnosed: Diagnosed, story_neo: Path) -> None:
     sample = sample_rows(diagnosed.mask, 0)
@@ -157,6 +158,7 @@ def test_gradients_are_slopes_of_the_loss(diagnosed: Diagnosed) -> None:
     np.testing.assert_allclose(got.log_scales_gradient, np.linalg.norm(slopes), rtol=0.03)
 
 
+@pytest.mark.slow
 def test_random_centers_near_zero_are_poor(diagnosed: Diagnosed) -> None:
     """Splats that are all the same tell no query from another, and without a gain little weight reaches them."""
     centers = 0.01 * np.random.default_rng(0).normal(size=(4, SPLATS.num_splats, 48))
