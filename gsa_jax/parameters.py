@@ -77,10 +77,10 @@ def expected_shapes(config: GPTNeoConfig) -> dict[str, tuple[int, ...]]:
     flat = nnx.to_flat_state(nnx.state(_abstract_model(one_layer), nnx.Param))
     shapes = {_tensor_name(path): tuple(leaf.get_value().shape) for path, leaf in flat}
     block = {name: shapes.pop(name) for name in list(shapes) if name.startswith(_FIRST_LAYER)}
-    expected = {}
+    expected, with_splats = {}, set(config.splat_layers)
     for layer in range(config.num_layers):
         of_layer = {f"transformer.h.{layer}.{name.removeprefix(_FIRST_LAYER)}": shape for name, shape in block.items()}
-        if layer in config.splat_layers:
+        if layer in with_splats:
             of_layer |= {attention_tensor(layer, leaf): shape for leaf, shape in splat_shapes(config, layer).items()}
         expected |= dict(sorted(of_layer.items()))
     return expected | shapes

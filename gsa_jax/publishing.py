@@ -6,6 +6,7 @@ not measured is said not to have been, with the command that measures it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -180,7 +181,7 @@ def _costs(folder: Path, config: GPTNeoConfig) -> Iterator[str]:
     if not found:
         yield _missing("This", "gsa eval CHECKPOINT --text FILE", EVAL_REPORT_FILE)
         return
-    try:
+    with _report_of("gsa eval", file):
         splats = None if found["splats"] is None else SplatConfig(**found["splats"])
         if found["layers"] != list(config.splat_layers) or _numbers_of(splats) != _numbers_of(config.splats):
             raise InputError(f"{file}: is of a model with other splats; make it anew, or remove it")
@@ -199,10 +200,6 @@ def _costs(folder: Path, config: GPTNeoConfig) -> Iterator[str]:
             closed = _estimate(found["gap_closed"]).shown(3)
             said += f" Share of the gap from the window alone to exact attention that is closed: {closed}."
         yield said
-    except InputError:
-        raise
-    except _OTHER_SHAPE as error:
-        raise InputError(f"{file}: not a report of gsa eval ({error!r}); make it anew, or remove it") from None
 
 
 def _fit(folder: Path, config: GPTNeoConfig) -> Iterator[str]:
@@ -214,11 +211,9 @@ def _fit(folder: Path, config: GPTNeoConfig) -> Iterator[str]:
     if not found:
         yield f"There is no report of `gsa fit-init` ({FIT_REPORT_FILE}) with this checkpoint."
         return
-    try:
+    with _report_of("gsa fit-init", file):
         tokens, text, seed = found["tokens"], found["text"], found["seed"]
         yield f"`gsa fit-init` placed them by {tokens:,} tokens of {_names(text)}, seed {seed}."
-    except _OTHER_SHAPE as error:
-        raise InputError(f"{file}: not a report of gsa fit-init ({error!r}); make it anew, or remove it") from None
 
 
 def _verification(folder: Path) -> Iterator[str]:
@@ -228,7 +223,7 @@ def _verification(folder: Path) -> Iterator[str]:
     if not found:
         yield _missing("Agreement", "gsa verify SOURCE CHECKPOINT", VERIFY_REPORT_FILE)
         return
-    try:
+    with _report_of("gsa verify", file):
         rows = [
             [
                 comparison["oracle"],
@@ -248,12 +243,17 @@ def _verification(folder: Path) -> Iterator[str]:
             "an export of them:"
         )
         yield _table(["oracle", "input", "tokens", "relative RMS", "tolerance", "top-1", "loss", "its loss", ""], rows)
-    except _OTHER_SHAPE as error:
-        raise InputError(f"{file}: not a report of gsa verify ({error!r}); make it anew, or remove it") from None
 
 
-_OTHER_SHAPE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What comes of values that are not those of a report, such as texts in place of numbers."""
+@contextlib.contextmanager
+def _report_of(command: str, file: Path) -> Iterator[None]:
+    """Refuses, in one line, values that are not those of a report, such as texts in place of numbers."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: not a report of {command} ({error!r}); make it anew, or remove it") from None
 
 
 def _estimate(values: dict[str, Any]) -> Estimate:

@@ -163,7 +163,6 @@ def optimised() -> Iterator[None]:
     jax.clear_caches()
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()
 
 
 @pytest.fixture
