@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from gsa_jax.assets import story_neo, told_stories
-from gsa_jax.checkpoint import load_tensors, open_tokenizer, save, tokenizer_files
+from gsa_jax.checkpoint import load_tensors, save
 from gsa_jax.convert import convert
 from gsa_jax.evaluation.perplexity import cross_entropy
 from gsa_jax.fitting import fit_init
@@ -25,6 +25,7 @@ from gsa_jax.parameters import without_splats
 from gsa_jax.splat_config import SplatConfig
 from gsa_jax.text import read_documents, text_rows
 from gsa_jax.text_files import DOCUMENT_SEPARATOR
+from gsa_jax.tokenizer_folder import open_tokenizer, tokenizer_files
 
 RESULTS = Path(__file__).parent / "results" / "balance.json"
 LONGER = (1, 2, 8)

@@ -20,10 +20,11 @@ from device_bench import Bench, Device, Finding, concurrently
 from flax import nnx
 
 import gsa_jax
-from gsa_jax.checkpoint import load_tensors, save, tokenizer_files
+from gsa_jax.checkpoint import load_tensors, save
 from gsa_jax.convert import convert
 from gsa_jax.parameters import build_model, named_parameters
 from gsa_jax.text import document_tokens, read_documents, text_rows
+from gsa_jax.tokenizer_folder import tokenizer_files
 from gsa_jax.train.config import Finetune, OptimizerConfig
 from gsa_jax.train.loop import train
 from gsa_jax.train.metrics import Record

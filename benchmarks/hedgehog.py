@@ -35,7 +35,7 @@ from mapped_attention import MappedSelfAttention
 from quality import FINETUNE, MODEL, ROWS
 
 from gsa_jax import GPTNeoConfig, GPTNeoForCausalLM, SplatConfig
-from gsa_jax.checkpoint import load_tensors, load_tokenizer
+from gsa_jax.checkpoint import load_tensors
 from gsa_jax.cli.base import progress
 from gsa_jax.convert import convert
 from gsa_jax.evaluation.intervals import estimates, sum_by_document
@@ -44,6 +44,7 @@ from gsa_jax.ops import Splats, SplatState
 from gsa_jax.parameters import attention_tensor, build_model, expected_shapes, is_splat
 from gsa_jax.text import TextRows, read_documents, text_rows
 from gsa_jax.text_files import TextFiles
+from gsa_jax.tokenizer_folder import load_tokenizer
 from gsa_jax.train.config import Distill, Finetune, OptimizerConfig
 from gsa_jax.train.data import read_tokens, row_batches
 from gsa_jax.train.objectives import Build, Objective, Tensors, prediction_divergence

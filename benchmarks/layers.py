@@ -20,11 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gsa_jax.checkpoint import load_tensors, load_tokenizer
+from gsa_jax.checkpoint import load_tensors
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.evaluation.perplexity import cross_entropy
 from gsa_jax.parameters import build_model, without_splats
 from gsa_jax.text import TextRows, read_documents, text_rows
+from gsa_jax.tokenizer_folder import load_tokenizer
 from gsa_jax.train.objectives import output_error
 
 Model = tuple[GPTNeoConfig, Mapping[str, Any]]

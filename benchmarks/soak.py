@@ -37,10 +37,11 @@ def generate(tokens: int, length: int) -> Iterator[dict[str, Any]]:
     import psutil
 
     import gsa_jax
-    from gsa_jax.checkpoint import load_tensors, open_tokenizer
+    from gsa_jax.checkpoint import load_tensors
     from gsa_jax.convert import convert
     from gsa_jax.generation import decode_steps, make_request
     from gsa_jax.parameters import build_model, extend_positions
+    from gsa_jax.tokenizer_folder import open_tokenizer
 
     source = gsa_jax.assets.story_neo()
     splats = source.with_name("story-neo-splats")

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from gsa_jax.checkpoint import CONFIG_FILE, REPORT_FILE, copy_files, load_tensors, tokenizer_files
-from gsa_jax.config import carried_fields, read_config_values
+from gsa_jax.checkpoint import REPORT_FILE, copy_files, load_tensors
+from gsa_jax.config import CONFIG_FILE, carried_fields, read_config_values
 from gsa_jax.convert import pytorch
 from gsa_jax.convert.donors import LAYOUTS
 from gsa_jax.convert.names import EXPORT_LEAVES, export_names
@@ -21,6 +21,7 @@ from gsa_jax.convert.splat_folder import write_splats
 from gsa_jax.errors import InputError
 from gsa_jax.files import new_folder
 from gsa_jax.json_files import read_json
+from gsa_jax.tokenizer_folder import tokenizer_files
 
 
 @dataclasses.dataclass(frozen=True)

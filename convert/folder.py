@@ -9,8 +9,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from gsa_jax.checkpoint import CONFIG_FILE, WEIGHTS_FOLDER
-from gsa_jax.config import GPTNeoConfig, read_config
+from gsa_jax.checkpoint import WEIGHTS_FOLDER
+from gsa_jax.config import CONFIG_FILE, GPTNeoConfig, read_config
 from gsa_jax.errors import InputError, listed
 from gsa_jax.files import refuse_foreign
 from gsa_jax.json_files import read_json

@@ -10,7 +10,8 @@ import glob
 from pathlib import Path
 from typing import NamedTuple
 
-from gsa_jax.checkpoint import CONFIG_FILE, OWN_FILES, TOKENIZER_FILES, WEIGHTS_FOLDER, is_hub_id
+from gsa_jax.checkpoint import OWN_FILES, WEIGHTS_FOLDER, is_hub_id
+from gsa_jax.config import CONFIG_FILE
 from gsa_jax.convert.folder import (
     check_config,
     holds_checkpoint,
@@ -20,6 +21,7 @@ from gsa_jax.convert.folder import (
     weight_file,
 )
 from gsa_jax.errors import InputError, first_line, listed
+from gsa_jax.tokenizer_folder import TOKENIZER_FILES
 
 
 class FoundFolder(NamedTuple):

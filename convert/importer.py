@@ -16,16 +16,8 @@ import numpy as np
 import scipy.special
 
 from gsa_jax.attention import init_splats
-from gsa_jax.checkpoint import (
-    CARRIED_FILE,
-    CONFIG_FILE,
-    REPORT_FILE,
-    has_tokenizer,
-    load_tokenizer,
-    save,
-    tokenizer_files,
-)
-from gsa_jax.config import DTYPES, GPTNeoConfig, carried_fields
+from gsa_jax.checkpoint import CARRIED_FILE, REPORT_FILE, save
+from gsa_jax.config import CONFIG_FILE, DTYPES, GPTNeoConfig, carried_fields
 from gsa_jax.convert.folder import refuse_stand_in
 from gsa_jax.convert.names import Plan, plan
 from gsa_jax.convert.reader import Source, SourceTensor, open_source
@@ -37,6 +29,7 @@ from gsa_jax.parameters import TOKEN_EMBEDDING, attention_tensor, is_splat
 from gsa_jax.progress import Progress
 from gsa_jax.sharding import require_backend
 from gsa_jax.splat_config import SplatConfig
+from gsa_jax.tokenizer_folder import has_tokenizer, load_tokenizer, tokenizer_files
 
 
 @dataclasses.dataclass(frozen=True)

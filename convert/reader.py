@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gsa_jax.checkpoint import CONFIG_FILE, TOKENIZER_FILES
-from gsa_jax.config import GPTNeoConfig, read_config_values
+from gsa_jax.config import CONFIG_FILE, GPTNeoConfig, read_config_values
 from gsa_jax.convert.folder import check_config, refuse_checkpoint, refuse_stand_in, weight_files
 from gsa_jax.convert.hub import FoundFolder, find_folder
 from gsa_jax.convert.torch_files import open_torch_file
 from gsa_jax.errors import InputError
 from gsa_jax.files import refuse_foreign
+from gsa_jax.tokenizer_folder import TOKENIZER_FILES
 
 _FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

@@ -14,8 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from gsa_jax.checkpoint import CONFIG_FILE
-from gsa_jax.config import GPTNeoConfig, read_config
+from gsa_jax.config import CONFIG_FILE, GPTNeoConfig, read_config
 from gsa_jax.errors import InputError
 from gsa_jax.files import new_folder, refuse_foreign
 from gsa_jax.parameters import expected_shapes, is_splat, shape_problems

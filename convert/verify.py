@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gsa_jax.checkpoint import load_tensors, open_tokenizer
+from gsa_jax.checkpoint import load_tensors
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.convert.donors import LAYOUTS
 from gsa_jax.convert.importer import plan_source, read_tensors
@@ -28,6 +28,7 @@ from gsa_jax.loss import mean_next_token_loss
 from gsa_jax.parameters import TOKEN_EMBEDDING, build_model, is_splat
 from gsa_jax.text import read_documents, text_rows
 from gsa_jax.text_files import Text, as_text_files
+from gsa_jax.tokenizer_folder import open_tokenizer
 
 _TOLERANCE = 1e-4
 """Relative RMS between two float32 computations with the same weights; rounding alone stays far below."""

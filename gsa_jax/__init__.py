@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gsa_jax import assets
 
 if TYPE_CHECKING:
-    from gsa_jax.checkpoint import load, load_tokenizer, open_tokenizer
+    from gsa_jax.checkpoint import load
     from gsa_jax.completion import Completion, complete, stream_text
     from gsa_jax.config import GPTNeoConfig
     from gsa_jax.errors import InputError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gsa_jax.publishing import model_card, push_to_hub
     from gsa_jax.sampling import Categorical, Greedy, make_sampler
     from gsa_jax.splat_config import SplatConfig
+    from gsa_jax.tokenizer_folder import load_tokenizer, open_tokenizer
 
 __all__ = [
     "Categorical",
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "checkpoint": ("load", "load_tokenizer", "open_tokenizer"),
+    "checkpoint": ("load",),
     "completion": ("Completion", "complete", "stream_text"),
     "config": ("GPTNeoConfig",),
     "errors": ("InputError",),
@@ -56,6 +57,7 @@ _MODULES = {
     "pretrained": ("Pretrained", "from_pretrained", "save_pretrained"),
     "sampling": ("Categorical", "Greedy", "make_sampler"),
     "splat_config": ("SplatConfig",),
+    "tokenizer_folder": ("load_tokenizer", "open_tokenizer"),
 }
 
 

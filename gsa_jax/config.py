@@ -26,6 +26,8 @@ from gsa_jax.hf_fields import (
 from gsa_jax.json_files import read_json
 from gsa_jax.splat_config import LayerSplats, SplatConfig, Window, require_int
 
+CONFIG_FILE = "config.json"
+
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish", "tanh")
 """Names of Hugging Face activations that `gsa_jax.layers` implements."""
 

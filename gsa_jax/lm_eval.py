@@ -22,13 +22,14 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from gsa_jax.checkpoint import load, open_tokenizer
+from gsa_jax.checkpoint import load
 from gsa_jax.completion import complete
 from gsa_jax.errors import InputError
 from gsa_jax.ops.linear import linear
 from gsa_jax.sampling import Greedy, Sampler, make_sampler
 from gsa_jax.splat_config import Window
 from gsa_jax.text import start_token
+from gsa_jax.tokenizer_folder import open_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -16,15 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from gsa_jax.checkpoint import (
-    TOKENIZER_FILES,
-    load_tensors,
-    load_tokenizer,
-    model_of,
-    save,
-    tokenizer_files,
-    travelling_files,
-)
+from gsa_jax.checkpoint import load_tensors, model_of, save, travelling_files
 from gsa_jax.convert.folder import holds_checkpoint
 from gsa_jax.convert.hub import find_folder
 from gsa_jax.convert.importer import open_conversion
@@ -34,6 +26,7 @@ from gsa_jax.generation_config import GENERATION_CONFIG_FILE, GenerationConfig
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.parameters import named_parameters
 from gsa_jax.splat_config import Window
+from gsa_jax.tokenizer_folder import TOKENIZER_FILES, load_tokenizer, tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gsa_jax.checkpoint import CONFIG_FILE, REPORT_FILE, WEIGHTS_FOLDER
-from gsa_jax.config import GPTNeoConfig, read_config
+from gsa_jax.checkpoint import REPORT_FILE, WEIGHTS_FOLDER
+from gsa_jax.config import CONFIG_FILE, GPTNeoConfig, read_config
 from gsa_jax.convert.folder import holds_checkpoint
 from gsa_jax.convert.hub import hub_errors
 from gsa_jax.errors import InputError, first_line

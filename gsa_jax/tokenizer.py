@@ -3,7 +3,7 @@
 Importing `transformers`, and PyTorch with it where it is installed, takes seconds. A `tokenizer.json` is read by the
 `tokenizers` library in hundredths of a second; `transformers` does no more with it than add what
 `tokenizer_config.json` says. `light_tokenizer` takes a folder where that adds nothing that it does not know, and
-`gsa_jax.checkpoint.open_tokenizer` leaves all others to `transformers`.
+`gsa_jax.tokenizer_folder.open_tokenizer` leaves all others to `transformers`.
 
 May be changed here: which folders the light tokenizer takes, and how the text of new tokens is told from the prompt's.
 """

@@ -18,7 +18,7 @@ ORDER = [
     {"files", "hf_fields", "splat_config", "stand_ins"},
     {"config", "topology"},
     {"ops", "generation_config", "tokenizer"},
-    {"layers", "layer_scan"},
+    {"layers", "layer_scan", "tokenizer_folder"},
     {"attention"},
     {"model"},
     {"parameters", "text_files"},

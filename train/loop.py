@@ -34,12 +34,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from gsa_jax.checkpoint import open_tokenizer, save, tokenizer_files, travelling_files
+from gsa_jax.checkpoint import save, travelling_files
 from gsa_jax.errors import InputError
 from gsa_jax.progress import Progress
 from gsa_jax.sharding import batch_share, check_mesh, make_mesh, shard_batch, shard_tensors, shardings
 from gsa_jax.text import context_length
 from gsa_jax.text_files import TextFiles
+from gsa_jax.tokenizer_folder import open_tokenizer, tokenizer_files
 from gsa_jax.train.checkpoints import Restored, RunCheckpoints
 from gsa_jax.train.config import TrainConfig
 from gsa_jax.train.data import read_tokens, row_batches

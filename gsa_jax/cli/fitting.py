@@ -39,8 +39,7 @@ class FitInit(SplatCommand, TextCommand):
     """Leave the splats as they are, and learn for them what makes a key important; after a distillation, say."""
 
     def run(self) -> int:
-        from gsa_jax.checkpoint import CONFIG_FILE
-        from gsa_jax.config import read_config
+        from gsa_jax.config import CONFIG_FILE, read_config
         from gsa_jax.files import refuse_existing
         from gsa_jax.fitting.fitted import default_splats, fit_importance_anew, fit_init
 

@@ -74,7 +74,8 @@ class Generate(Command):
     """Keys beyond the window that each head of a splat layer sees exactly. By default the checkpoint's."""
 
     def run(self) -> int:
-        from gsa_jax.checkpoint import load, open_tokenizer
+        from gsa_jax.checkpoint import load
+        from gsa_jax.tokenizer_folder import open_tokenizer
 
         prompts = self._prompts()
         if self.num_samples < 1:

@@ -66,9 +66,9 @@ class Tokenize(Command):
     """Field of .jsonl and .parquet files that holds the text."""
 
     def run(self) -> int:
-        from gsa_jax.checkpoint import CONFIG_FILE, open_tokenizer
-        from gsa_jax.config import read_config
+        from gsa_jax.config import CONFIG_FILE, read_config
         from gsa_jax.text_files import TextFiles
+        from gsa_jax.tokenizer_folder import open_tokenizer
         from gsa_jax.train.data import write_tokens
 
         if len(self.files) < 2:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from gsa_jax.checkpoint import load_tensors, open_tokenizer
+from gsa_jax.checkpoint import load_tensors
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.parameters import PositionExtension, attention_tensor, expected_shapes, extend_positions
 from gsa_jax.splat_config import Window
+from gsa_jax.tokenizer_folder import open_tokenizer
 
 if TYPE_CHECKING:
     from gsa_jax.tokenizer import Tokenizer

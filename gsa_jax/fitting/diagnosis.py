@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gsa_jax.attention import GSASelfAttention
-from gsa_jax.checkpoint import load_tensors, open_tokenizer
+from gsa_jax.checkpoint import load_tensors
 from gsa_jax.errors import InputError
 from gsa_jax.fitting.statistics import (
     calibration_tokens,
@@ -42,6 +42,7 @@ from gsa_jax.ops.reference import most_important
 from gsa_jax.parameters import build_model, named_parameters, without_splats
 from gsa_jax.splat_config import LayerSplats, SplatConfig, Window
 from gsa_jax.text_files import Text
+from gsa_jax.tokenizer_folder import open_tokenizer
 
 _SEED = 0
 

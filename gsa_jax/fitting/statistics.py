@@ -19,7 +19,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from gsa_jax.checkpoint import open_tokenizer
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.model import GPTNeoForCausalLM
@@ -31,6 +30,7 @@ from gsa_jax.ops.state import key_features, query_features
 from gsa_jax.splat_config import Window
 from gsa_jax.text import iterate_documents, text_rows
 from gsa_jax.text_files import Text
+from gsa_jax.tokenizer_folder import open_tokenizer
 
 _SEQUENCES = 16
 _ROWS_PER_SEQUENCE = 32

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gsa_jax.attention import GSASelfAttention
-from gsa_jax.checkpoint import load_tensors, open_tokenizer
+from gsa_jax.checkpoint import load_tensors
 from gsa_jax.config import GPTNeoConfig, Window
 from gsa_jax.errors import InputError
 from gsa_jax.evaluation.arms import make_arms
@@ -38,6 +38,7 @@ from gsa_jax.progress import Progress
 from gsa_jax.text import TextRows, document_tokens, text_rows
 from gsa_jax.text_files import Text, as_text_files, read_pieces
 from gsa_jax.tokenizer import Tokenizer
+from gsa_jax.tokenizer_folder import open_tokenizer
 
 NEAR, KEPT, UNSEEN = -1, -2, -3
 """In `HeadPicture.via`: a key in the window, a kept one, one that comes later. Other numbers are splats."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gsa_jax.checkpoint import open_tokenizer
+from gsa_jax.tokenizer_folder import open_tokenizer
 from helpers.hf_gpt2 import hf_gpt2, with_tokenizer, write_gpt2
 from helpers.texts import STORIES, TOLD
 

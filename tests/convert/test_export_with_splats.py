@@ -20,8 +20,9 @@ from safetensors.numpy import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPTNeoForCausalLM, pipeline
 
 from gsa_jax import SplatConfig, generate, load
-from gsa_jax.checkpoint import load_tensors, save, tokenizer_files
+from gsa_jax.checkpoint import load_tensors, save
 from gsa_jax.convert import convert, export
+from gsa_jax.tokenizer_folder import tokenizer_files
 from helpers.bits import assert_same_tensors
 from helpers.hf_oracle import torch_logits
 from helpers.tiny_checkpoints import tiny_checkpoint

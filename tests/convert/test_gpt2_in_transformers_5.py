@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from gsa_jax import SplatConfig, generate, load
-from gsa_jax.checkpoint import load_tensors, save, tokenizer_files
+from gsa_jax.checkpoint import load_tensors, save
 from gsa_jax.convert import convert, export
 from gsa_jax.parameters import named_parameters
+from gsa_jax.tokenizer_folder import tokenizer_files
 from helpers.bits import assert_same_tensors
 from helpers.hf_gpt2 import hf_gpt2, with_splats, with_tokenizer
 from helpers.tiny_models import random_ids, relative_rms

@@ -17,10 +17,11 @@ import transformers
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from gsa_jax import SplatConfig, generate, load
-from gsa_jax.checkpoint import load_tensors, open_tokenizer, save
+from gsa_jax.checkpoint import load_tensors, save
 from gsa_jax.convert import convert, export
 from gsa_jax.convert.verify import verify
 from gsa_jax.parameters import build_model, named_parameters
+from gsa_jax.tokenizer_folder import open_tokenizer
 from helpers.bits import assert_same_tensors
 from helpers.hf_folders import read_safetensors
 from helpers.hf_gpt2 import EAGER, hf_gpt2, tensors_of, with_splats, with_tokenizer, write_gpt2

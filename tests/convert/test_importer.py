@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from gsa_jax import GPTNeoConfig, SplatConfig
-from gsa_jax.checkpoint import load_tensors, load_tokenizer
+from gsa_jax.checkpoint import load_tensors
 from gsa_jax.convert import convert
 from gsa_jax.errors import InputError
 from gsa_jax.parameters import expected_shapes
+from gsa_jax.tokenizer_folder import load_tokenizer
 from helpers.bits import assert_same_tensors, bits
 from helpers.hf_folders import (
     ATTENTION,

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from gsa_jax import SplatConfig
-from gsa_jax.checkpoint import load_tensors, save, tokenizer_files
+from gsa_jax.checkpoint import load_tensors, save
 from gsa_jax.convert import convert
 from gsa_jax.convert.verify import verify
+from gsa_jax.tokenizer_folder import tokenizer_files
 from helpers.hf_folders import (
     UNUSED,
     splat_tensors,

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from gsa_jax import InputError, SplatConfig, load_tokenizer
-from gsa_jax.checkpoint import load_tensors, save, tokenizer_files
+from gsa_jax.checkpoint import load_tensors, save
 from gsa_jax.evaluation.arms import make_arms, rows_at_once
 from gsa_jax.evaluation.perplexity import Evaluation, evaluate, score_arms
 from gsa_jax.parameters import POSITION_EMBEDDING, extend_positions
 from gsa_jax.text import read_documents, text_rows
+from gsa_jax.tokenizer_folder import tokenizer_files
 from helpers.texts import STORIES
 from helpers.tiny_checkpoints import SHAPE, WINDOW, tiny_checkpoint
 

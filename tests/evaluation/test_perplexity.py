@@ -13,13 +13,14 @@ import pytest
 from flax import nnx
 
 from gsa_jax import InputError, SplatConfig, load, load_tokenizer
-from gsa_jax.checkpoint import load_tensors, save, tokenizer_files
+from gsa_jax.checkpoint import load_tensors, save
 from gsa_jax.convert import convert
 from gsa_jax.evaluation.arms import ARMS, make_arms
 from gsa_jax.evaluation.perplexity import Evaluation, evaluate
 from gsa_jax.fitting.fitted import fit_init
 from gsa_jax.parameters import build_model, expected_shapes
 from gsa_jax.splat_config import OPTIONAL_TERMS
+from gsa_jax.tokenizer_folder import tokenizer_files
 from helpers.texts import STORIES
 from helpers.tiny_checkpoints import SHAPE, tiny_folder
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gsa_jax.checkpoint import load_tensors, load_tokenizer
+from gsa_jax.checkpoint import load_tensors
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.convert import convert
 from gsa_jax.errors import InputError
@@ -22,6 +22,7 @@ from gsa_jax.fitting.statistics import calibration_tokens, sample_rows
 from gsa_jax.loss import mean_next_token_loss
 from gsa_jax.parameters import build_model, without_splats
 from gsa_jax.splat_config import SplatConfig
+from gsa_jax.tokenizer_folder import load_tokenizer
 from helpers.attention_oracle import DEAD_SHARE, head_splats, head_statistics, hf_queries_and_keys
 from helpers.texts import STORIES
 

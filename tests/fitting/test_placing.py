@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.cluster.vq import kmeans2
 
-from gsa_jax.checkpoint import OWN_FILES, TOKENIZER_FILES, load, load_tensors, save, tokenizer_files
+from gsa_jax.checkpoint import OWN_FILES, load, load_tensors, save
 from gsa_jax.convert import convert
 from gsa_jax.errors import InputError
 from gsa_jax.fitting.fitted import FIT_REPORT_FILE, FitReport, fit_importance_anew, fit_init
@@ -21,6 +21,7 @@ from gsa_jax.fitting.placing import ENTROPY_BAND
 from gsa_jax.fitting.statistics import RowSample, attended_midpoints, calibration_tokens, projections, sample_rows
 from gsa_jax.parameters import attention_tensor, build_model, without_splats
 from gsa_jax.splat_config import SplatConfig
+from gsa_jax.tokenizer_folder import TOKENIZER_FILES, tokenizer_files
 from helpers.attention_oracle import head_splats, head_statistics, hf_queries_and_keys
 from helpers.bits import assert_same_tensors
 from helpers.texts import STORIES

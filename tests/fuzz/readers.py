@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from gsa_jax.checkpoint import load, open_tokenizer, save
+from gsa_jax.checkpoint import load, save
 from gsa_jax.cli.generation import read_prompts
 from gsa_jax.config import GPTNeoConfig
 from gsa_jax.convert.donors import LAYOUTS
@@ -40,6 +40,7 @@ from gsa_jax.pretrained import from_pretrained, save_pretrained
 from gsa_jax.publishing import model_card
 from gsa_jax.splat_config import SplatConfig
 from gsa_jax.text_files import TextFiles, read_pieces
+from gsa_jax.tokenizer_folder import open_tokenizer
 from gsa_jax.train.checkpoints import RunCheckpoints
 from gsa_jax.train.config import Finetune
 from gsa_jax.train.data import read_tokens

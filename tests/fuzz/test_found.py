@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from fuzz.readers import CONFIG, READERS, SPLATS, TEXTS, VOCABULARY, _run_settings
 
-from gsa_jax.checkpoint import OWN_FILES, load, open_tokenizer, save
+from gsa_jax.checkpoint import OWN_FILES, load, save
 from gsa_jax.convert.splat_folder import read_splats
 from gsa_jax.errors import InputError
 from gsa_jax.publishing import model_card, push_to_hub
 from gsa_jax.text_files import TextFiles, read_pieces
+from gsa_jax.tokenizer_folder import open_tokenizer
 from gsa_jax.train.metrics import read_metrics
 from gsa_jax.train.plot import plot_run
 from gsa_jax.train.run_folder import open_run

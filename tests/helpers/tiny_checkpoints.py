@@ -11,8 +11,9 @@ from typing import Any
 from safetensors.numpy import save_file
 
 from gsa_jax import SplatConfig
-from gsa_jax.checkpoint import load_tensors, save, tokenizer_files
+from gsa_jax.checkpoint import load_tensors, save
 from gsa_jax.convert import convert
+from gsa_jax.tokenizer_folder import tokenizer_files
 from helpers.tiny_models import tiny_config, tiny_weights
 
 SHAPE = {"vocab_size": 1024}

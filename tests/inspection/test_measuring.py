@@ -11,10 +11,11 @@ import pytest
 
 from gsa_jax import SplatConfig
 from gsa_jax.attention import GSASelfAttention
-from gsa_jax.checkpoint import load_tensors, open_tokenizer, save, tokenizer_files
+from gsa_jax.checkpoint import load_tensors, save
 from gsa_jax.inspection.measuring import KEPT, NEAR, UNSEEN, HeadPicture, Inspection, measure
 from gsa_jax.parameters import build_model
 from gsa_jax.text import document_tokens
+from gsa_jax.tokenizer_folder import open_tokenizer, tokenizer_files
 from helpers.attention_oracle import far_keys, head_splats, row_weights
 from helpers.texts import STORIES
 from helpers.tiny_checkpoints import tiny_checkpoint

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 import gsa_jax
-from gsa_jax.checkpoint import load_tensors, save, tokenizer_files
+from gsa_jax.checkpoint import load_tensors, save
 from gsa_jax.convert import convert
 from gsa_jax.inspection import inspect
 from gsa_jax.inspection.measuring import Inspection
 from gsa_jax.inspection.page import LARGEST, render
+from gsa_jax.tokenizer_folder import tokenizer_files
 from helpers.attention_oracle import far_keys, head_splats, hf_projections, key_importance, row_weights
 from helpers.texts import STORIES
 

@@ -70,7 +70,7 @@ def shapes(length: int):
     return token, token, token, Splats(centers, jax.ShapeDtypeStruct((HEADS, SPLATS), jnp.float32))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("function", [forward, forward_backward])
+@pytest.mark.parametrize("function", [forward, pytest.param(forward_backward, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("window", [64, *(pytest.param(x, marks=pytest.mark.slow) for x in (0, 300))])
 def test_operations_are_linear_in_tokens(window: int, function) -> None:
     def count(length: int, implementation: str | None = None) -> int:

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gsa_jax.checkpoint import load_tokenizer
 from gsa_jax.config import GPTNeoConfig, read_config
 from gsa_jax.errors import InputError
 from gsa_jax.text_files import DOCUMENT_SEPARATOR, TextFiles
+from gsa_jax.tokenizer_folder import load_tokenizer
 from gsa_jax.train.data import read_tokens, row_batches
 from helpers.texts import STORIES
 
