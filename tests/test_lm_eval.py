@@ -179,6 +179,7 @@ def request(context: str, **options: Any) -> Instance:
     return Instance("generate_until", {}, (context, options), 0)
 
 
+@pytest.mark.slow
 def test_sampling_is_asked_for_and_batches_do_not_change_greedy_texts(tiny: Path) -> None:
     texts = ["Once", "Once upon a time there was a", "Lily", "", "a b c d e"]
     greedy = [request(text, until=["\n"], max_gen_toks=9) for text in texts]

@@ -218,6 +218,7 @@ def test_split_and_carry_is_the_whole(implementation: str, window: int, splats: 
         assert_close(state, want[1], 1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_cross_a_carried_state() -> None:
     case = draw(60, 3, optional=True)
 

@@ -118,6 +118,7 @@ def in_wandb(folder: Path) -> tuple[Numbers, set[str]]:
     return found, runs
 
 
+@pytest.mark.slow
 @RUNS
 def test_weights_and_biases_have_each_number_once_in_one_run(tmp_path, monkeypatch, run):
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
