@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_FILE = "tokenizer.json"
-_CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 _GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast")
 _PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend", *_GPT2)
@@ -138,7 +138,7 @@ def light_tokenizer(folder: Path) -> LightTokenizer | None:
 
     try:
         described = _read_json(folder / TOKENIZER_FILE)
-        config = _read_json(folder / _CONFIG_FILE)
+        config = _read_json(folder / TOKENIZER_CONFIG_FILE)
         if "added_tokens_decoder" not in config:  # where there is none, older files have the rest
             config |= {"added_tokens": _read_json(folder / "added_tokens.json")}
             config |= _read_json(folder / "special_tokens_map.json")

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 from gsa_jax.config import CONFIG_FILE
 from gsa_jax.errors import InputError, first_line
 from gsa_jax.files import refuse_foreign
+from gsa_jax.generation_config import GENERATION_CONFIG_FILE
 from gsa_jax.json_files import read_json
-from gsa_jax.tokenizer import Tokenizer, light_tokenizer
+from gsa_jax.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, light_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _VOCABULARIES = (
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "vocab.json",
     "vocab.txt",
     "spiece.model",
@@ -34,13 +35,13 @@ _VOCABULARIES = (
 TOKENIZER_FILES = (
     *_VOCABULARIES,
     "merges.txt",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates",
-    "generation_config.json",
+    GENERATION_CONFIG_FILE,
 )
 """Files, and a folder, that travel with the weights, unchanged, as far as the source has them."""
 
@@ -107,7 +108,7 @@ _LONGEST_TOKEN = 10_000
 
 def _refuse_traps(folder: Path) -> None:
     """Raises `InputError` if a configuration would lead `transformers` out of the folder, or keep it busy."""
-    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CONFIG_FILE)
+    names = (TOKENIZER_CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", CONFIG_FILE)
     for file in (folder / name for name in names):
         try:
             values = read_json(file)

@@ -28,13 +28,17 @@ NESTED = '{"item_handlers": ' + "[" * 100_000
 """What a checkpoint of Orbax says of itself."""
 
 
+def made(reader: str, folder: Path) -> Path:
+    """A new folder with a valid input of a reader."""
+    folder.mkdir()
+    READERS[reader].make(folder)
+    return folder
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A Hugging Face folder that converts."""
-    folder = tmp_path / "source"
-    folder.mkdir()
-    READERS["safetensors"].make(folder)
-    return folder
+    return made("safetensors", tmp_path / "source")
 
 
 @pytest.mark.parametrize(
@@ -104,9 +108,7 @@ def test_links_that_lead_out_of_a_folder(source, run_gsa, tmp_path, name):
 
 
 def test_a_link_that_transformers_would_follow_for_a_tokenizer(tmp_path):
-    folder = tmp_path / "source"
-    folder.mkdir()
-    READERS["old-tokenizer"].make(folder)
+    folder = made("old-tokenizer", tmp_path / "source")
     (folder / "config.json").rename(tmp_path / "config.json")
     (folder / "config.json").symlink_to(tmp_path / "config.json")
     with pytest.raises(InputError, match="leads out of its folder"):
@@ -178,9 +180,7 @@ def test_arrays_that_claim_terabytes(tmp_path, member):
     """Of which everything else fits: the embedding of as many tokens as the configuration says, and no bytes of it."""
     import tensorstore
 
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    READERS["checkpoint"].make(folder)
+    folder = made("checkpoint", tmp_path / "checkpoint")
     base = {"driver": "file", "path": f"{folder}/weights/state/"}
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
     key = b"transformer.wte.weight/zarr.json"
@@ -206,18 +206,14 @@ def test_arrays_that_claim_terabytes(tmp_path, member):
     ],
 )
 def test_reports_that_are_none(tmp_path, name, changes):
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    READERS["reports"].make(folder)
+    folder = made("reports", tmp_path / "checkpoint")
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
     with pytest.raises(InputError, match=rf"{name}: not a report of gsa"):
         model_card(folder)
 
 
 def test_a_report_of_numbers_that_are_too_large(tmp_path):
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    READERS["reports"].make(folder)
+    folder = made("reports", tmp_path / "checkpoint")
     report = json.loads((folder / "verify.json").read_text())
     report["comparisons"][0]["loss"] = 10**400
     (folder / "verify.json").write_text(json.dumps(report))
@@ -226,9 +222,7 @@ def test_a_report_of_numbers_that_are_too_large(tmp_path):
 
 
 def test_a_checkpoint_that_says_too_deeply_what_it_is(tmp_path):
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    READERS["checkpoint"].make(folder)
+    folder = made("checkpoint", tmp_path / "checkpoint")
     (folder / "weights" / "_CHECKPOINT_METADATA").write_text(NESTED)
     with pytest.raises(InputError, match="damaged checkpoint"):
         load(folder)
@@ -267,10 +261,8 @@ def test_records_that_cannot_be_drawn(tmp_path, loss):
 
 def test_what_a_run_writes_stays_in_it(tmp_path):
     """A link in a stranger's run, by the name of a file that is written there."""
-    secret, run = tmp_path / "secret", tmp_path / "run"
+    secret, run = tmp_path / "secret", made("run", tmp_path / "run")
     secret.write_text("secret")
-    run.mkdir()
-    READERS["run"].make(run)
     (run / ".metrics.jsonl.partial").symlink_to(secret)
     with pytest.raises(InputError, match="leads out of its folder"):
         open_run(_run_settings(run), SPLATS, {"text": "0", "checkpoint": "1"})
@@ -282,9 +274,7 @@ def test_what_a_run_writes_stays_in_it(tmp_path):
 
 @pytest.mark.parametrize("name", ["conversion.json", "config.carried.json", "eval.json", "notes.txt"])
 def test_links_in_a_checkpoint_that_would_be_copied_or_uploaded(tmp_path, name):
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    READERS["reports"].make(folder)
+    folder = made("reports", tmp_path / "checkpoint")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(tmp_path / "secret")
     (tmp_path / "secret").write_text("{}")
@@ -304,9 +294,7 @@ def test_a_checkpoint_of_a_run_that_says_nothing_of_itself(tmp_path, said):
 
 
 def test_splats_that_lie_elsewhere(tmp_path):
-    folder = tmp_path / "splats"
-    folder.mkdir()
-    READERS["splats"].make(folder)
+    folder = made("splats", tmp_path / "splats")
     (folder / "splats.safetensors").rename(tmp_path / "secret")
     (folder / "splats.safetensors").symlink_to("../secret")
     with pytest.raises(InputError, match="leads out of its folder"):
