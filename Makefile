@@ -9,9 +9,10 @@ ASSETS := gsa_jax/assets
 MODEL := $(ASSETS)/story-neo
 # Exactly one version of PyTorch, so that a CPU build already at hand is taken instead of gigabytes of CUDA.
 TORCH ?= torch==2.13.0
-# All tests of a file share a process, and with it their programs and fixtures.
-PYTEST := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+# Most of the time of a test is compiling small programs: they are hardly optimised, and kept for the next run. Tests of
+# a file share a process, and with it programs and fixtures, until the other process has nothing left to do.
+PYTEST := JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache \
+	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # A plain copy of the package, because tools that read code cannot follow the editable install to convert/ and train/.
 # build/lib keeps modules that have been deleted since, and setuptools would pack them.
@@ -32,13 +33,12 @@ demo: $(VENV)/.demo
 			--temperature 0.6 --top-p 0.9 --seed 2 || exit 1; \
 	done
 
-# Most of the time of a test is compiling small programs: they are hardly optimised, and kept for the next run.
 test: $(VENV)/.test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) --strict-run -m "not slow" --durations=20
+	$(PYTEST) --strict-run -m "not slow" --durations=20
 
 # Runs that are killed, terminated or spread over processes, and what else takes long.
 test-slow: $(VENV)/.test
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --durations=20
 
 # Every reader, given damaged and hostile inputs; one JSON line for each reader in $(FUZZED).
 FUZZ ?= 100000
@@ -71,7 +71,7 @@ newest-test:
 # What TPUs' and GPUs' own compilers say; no chip is needed, Linux on x86-64 is. Without optimisations off: programs are
 # compiled as users run them.
 accelerators: build/accelerators/.installed
-	build/accelerators/bin/python -m pytest --accelerators tpu,cuda -m accelerators tests/accelerators
+	build/accelerators/bin/python -m pytest -n 2 --accelerators tpu,cuda -m accelerators tests/accelerators
 
 accelerators-quick:
 	bash .ci/accelerators

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -100,7 +100,8 @@ class Program:
     def matrix_flops(self) -> int:
         """Multiplications and additions of matrix products and convolutions per run, on one device.
 
-        Of a condition, the dearer branch counts. Products inside of kernels that are not HLO are not seen.
+        Of a condition, the dearer branch counts. Products inside of kernels that are not HLO are not seen,
+        but for those of cuBLAS, which are called by their own names.
         """
         return self._flops_of(self._entry)
 
@@ -148,6 +149,8 @@ class Program:
                     case "dot" | "convolution":
                         operands = self._operand_arrays(computation, instruction)
                         total += (_dot_flops if instruction.op == "dot" else _convolution_flops)(instruction, operands)
+                    case "custom-call" if '_target="__cublas$' in instruction.line:
+                        total += _library_flops(instruction, self._operand_arrays(computation, instruction))
                     case _:
                         total += sum(inner)
             self._flops[computation] = total
@@ -215,8 +218,18 @@ def _constant(instruction: _Instruction | None) -> int | None:
 
 
 def _dot_flops(dot: _Instruction, operands: Sequence[Array]) -> int:
-    contracted = [operands[0][1][axis] for axis in dot.numbers("lhs_contracting_dims")]
-    return 2 * math.prod(dot.arrays[0][1]) * math.prod(contracted)
+    return _product_flops(dot, operands, dot.numbers("lhs_contracting_dims"))
+
+
+def _library_flops(call: _Instruction, operands: Sequence[Array]) -> int:
+    """A product by cuBLAS, whose first result is the product."""
+    axes = re.search(r'"lhs_contracting_dimensions":\[([^]]*)\]', call.line)
+    assert axes is not None, call.line
+    return _product_flops(call, operands, map(int, re.findall(r"\d+", axes[1])))
+
+
+def _product_flops(product: _Instruction, operands: Sequence[Array], contracted: Iterable[int]) -> int:
+    return 2 * math.prod(product.arrays[0][1]) * math.prod(operands[0][1][axis] for axis in contracted)
 
 
 def _convolution_flops(convolution: _Instruction, operands: Sequence[Array]) -> int:

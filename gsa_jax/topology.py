@@ -70,6 +70,11 @@ what the driver reports. JAX takes three quarters of it unless `XLA_PYTHON_CLIEN
 KNOWN = ("v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x4", "tpu7x:2x2x1", "h100", "h100:8", "a100", "a100:8")
 """Examples of every kind of name."""
 
+UNTUNED: dict[str, Any] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+"""Options of CUDA's compiler where products are not to be timed on a card. All of them are then cuBLAS's: the one tiling
+that Triton takes untimed does not suit every product, and then the compiler gives up (on a step that distils the preset
+`hybrid`, for an A100; jaxlib 0.10.2)."""
+
 _PROGRAM = "from gsa_jax.topology import _serve; _serve()"
 """What the process that compiles runs; this module by its own name, by which answers are unpickled."""
 
@@ -340,8 +345,7 @@ def _devices(topology: Topology) -> tuple[list[Any], dict[str, Any]]:
         topology=f"1x{hosts}x{topology.devices // hosts}",
         target_config=_describe(_CARDS[topology.kind]),
     )
-    # Autotuning times programs on the card.
-    return found.devices, {"xla_gpu_autotune_level": 0}
+    return found.devices, UNTUNED
 
 
 def _describe(card: dict[str, Any]) -> str:

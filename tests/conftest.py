@@ -157,11 +157,14 @@ def unchecked() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def optimised() -> Iterator[None]:
-    """For what is said of programs as users run them: their memory, their rounding."""
+    """For what is said of programs as users run them, their memory and their rounding, and for programs that run for
+    longer than they compile. Holds in this process and in those that it starts."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
-    yield
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+        yield
     jax.config.update("jax_disable_most_optimizations", before)
 
 

@@ -18,6 +18,7 @@ def test_transformers_gives_the_model_what_it_takes(story_neo):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_they_close_the_gap_and_tell_a_story(tmp_path, story_neo):
     convert(story_neo, tmp_path / "hybrid", splats=story_neo.with_name("story-neo-splats"))
     found = evaluate(tmp_path / "hybrid", TOLD)

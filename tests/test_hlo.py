@@ -106,6 +106,25 @@ def test_products_that_are_written_as_convolutions():
     assert Program(PRODUCTS).matrix_flops() == heads + padded + 2 * 2048 * 768 * 2 * 96
 
 
+# As CUDA's compiler has cuBLAS multiply four pairs of [16, 512] and [16, 512]; the workspace is a result as well.
+LIBRARY = """
+HloModule library
+
+ENTRY %main (a: f32[4,16,512], b: f32[4,16,512]) -> f32[4,16,16] {
+  %a = f32[4,16,512]{2,1,0} parameter(0)
+  %b = f32[4,16,512]{2,1,0} parameter(1)
+  %both = (f32[4,16,16]{2,1,0}, s8[33554432]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],\
+"rhs_contracting_dimensions":["2"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+  ROOT %product = f32[4,16,16]{2,1,0} get-tuple-element(%both), index=0
+}
+"""
+
+
+def test_products_of_a_library():
+    assert Program(LIBRARY).matrix_flops() == 4 * 2 * 16 * 16 * 512
+
+
 @pytest.mark.parametrize("loops", [1, 7])
 def test_products_of_a_real_program(loops):
     def run(x, weights):

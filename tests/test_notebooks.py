@@ -65,6 +65,7 @@ def test_all_notebooks_are_run() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_tour(tmp_path) -> None:
     notebook = RUNNER.execute("tour", tmp_path)
     (costs,) = (printed(cell) for cell in notebook.cells if "import evaluate" in cell.source)
@@ -80,6 +81,7 @@ def test_tour(tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parity
 def test_convert_your_own(tmp_path) -> None:
     said = everything_printed(RUNNER.execute("convert_your_own", tmp_path))
@@ -88,6 +90,7 @@ def test_convert_your_own(tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_tpu(tmp_path) -> None:
     """On eight simulated devices. The training is told to stop once it has begun, and its line repeated."""
     stopper = threading.Thread(target=stop_training, args=(tmp_path / "run",))

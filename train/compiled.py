@@ -98,7 +98,7 @@ def lower_step(devices: list[Any], config: TrainConfig) -> Any:
     sizes = config.mesh.sizes(len(devices))
     check_mesh(sizes, start.model, config.batch_size // config.optimizer.accumulate)
     mesh = None if len(devices) == 1 else make_mesh(sizes, devices)
-    program = StepProgram(config, start, mesh)
+    program = StepProgram(config, start, mesh, devices[0].platform)
     context = context_length(start.model, config.context)
     arguments = program.arguments(config.batch_size, context, devices[0] if mesh is None else None)
     with program.on_mesh():

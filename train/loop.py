@@ -159,7 +159,7 @@ class _Run:
         self._checkpoints = checkpoints
         self._resolved = resolved
         self._report = report
-        self._program = StepProgram(config, start, mesh)
+        self._program = StepProgram(config, start, mesh, jax.default_backend())
         self.step = 0
 
     def restore_or_begin(self) -> None:

@@ -19,17 +19,21 @@ from jax.sharding import PartitionSpec as P
 
 from gsa_jax.ops.partition import BATCH
 from gsa_jax.sharding import shardings
+from gsa_jax.topology import UNTUNED
 from gsa_jax.train.config import TrainConfig
 from gsa_jax.train.optimizer import make_optimizer
 from gsa_jax.train.recipes import Start
 from gsa_jax.train.step import init_state, make_step
 
-_DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
+_DETERMINISTIC = {"xla_gpu_deterministic_ops": True, **UNTUNED}
 """For GPUs, where sums by atomic additions, and products chosen by timing them, would end in other bits in each run."""
 
 
 class StepProgram:
     """The step of a run on a mesh; without one, on a single device.
+
+    Args:
+        platform: of the devices, as JAX calls it.
 
     Attributes:
         begin: compiled when called: the trained parameters, which are donated, to the state before the first step.
@@ -38,7 +42,7 @@ class StepProgram:
         state: shape and place of each array of the state.
     """
 
-    def __init__(self, config: TrainConfig, start: Start, mesh: Mesh | None) -> None:
+    def __init__(self, config: TrainConfig, start: Start, mesh: Mesh | None, platform: str) -> None:
         optimizer, ema_decay = make_optimizer(config.optimizer, config.steps), config.optimizer.ema_decay
         self._start = start
         self._mesh = mesh
@@ -57,7 +61,7 @@ class StepProgram:
             step,
             donate_argnums=0,
             out_shardings=None if mesh is None else (where, whole),
-            compiler_options=_DETERMINISTIC if config.deterministic and jax.default_backend() == "gpu" else None,
+            compiler_options=_DETERMINISTIC if config.deterministic and platform == "gpu" else None,
         )
 
     def on_mesh(self) -> AbstractContextManager[Any]:
