@@ -71,9 +71,9 @@ KNOWN = ("v4:2x2x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x4", "tpu7x:2x2x1", "h100", "
 """Examples of every kind of name."""
 
 UNTUNED: dict[str, Any] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-"""Options of CUDA's compiler where products are not to be timed on a card. All of them are then cuBLAS's: the one tiling
-that Triton takes untimed does not suit every product, and then the compiler gives up (on a step that distils the preset
-`hybrid`, for an A100; jaxlib 0.10.2)."""
+"""Options of CUDA's compiler where products are not to be timed on a card. All are cuBLAS's then: the one tiling that
+Triton takes untimed does not suit every product, and the compiler gives up (on a step that distils the preset `hybrid`,
+for an A100; jaxlib 0.10.2)."""
 
 _PROGRAM = "from gsa_jax.topology import _serve; _serve()"
 """What the process that compiles runs; this module by its own name, by which answers are unpickled."""
