@@ -62,6 +62,8 @@ ARMS = {"window": "window-only", KEPT: "without-splats", _name(0, 4, 1): "withou
 MARKERS = "s^vxd*Po"
 EXACT = (512, 2048)
 """Tokens of which exact attention's own bytes are shown."""
+TICKS = (125, 250, 500, 1000, 2000, 4000)
+"""kB."""
 
 
 def main() -> None:
@@ -136,7 +138,7 @@ def exact_bytes(config: GPTNeoConfig, tokens: int) -> int:
 def draw(results: dict[str, Any]) -> None:
     """The cost of each way over its bytes."""
     plt.rcParams["svg.fonttype"] = "none"
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
     for (way, entries), marker in zip(results["ways"].items(), MARKERS, strict=True):
         best = [entry.get("distilled", entry["fitted"]) for entry in entries]
         low, high = ([max(x["interval"][n] - 1, 1e-5) for x in best] for n in (0, 1))
@@ -155,7 +157,9 @@ def draw(results: dict[str, Any]) -> None:
         ylabel="perplexity above exact",
     )
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2%}")
-    axes.legend()
+    axes.set_xticks(TICKS, labels=[f"{kilobytes:,}" for kilobytes in TICKS])
+    axes.xaxis.set_minor_formatter("")
+    figure.legend(loc="outside right upper")
     figure.savefig(FIGURE)
 
 
