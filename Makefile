@@ -18,7 +18,7 @@ PYTEST := JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.
 # build/lib keeps modules that have been deleted since, and setuptools would pack them.
 PLAIN_COPY = rm -rf build/lib build/typecheck && $(BIN)/pip install --quiet --no-deps --target build/typecheck .
 
-.PHONY: demo test test-slow fuzz audit lint docs wheel-test newest-test accelerators accelerators-quick clean
+.PHONY: demo test test-slow test-benchmarks fuzz audit lint docs wheel-test newest-test accelerators accelerators-quick clean
 
 demo: $(VENV)/.demo
 	rm -rf $(DEMO)
@@ -38,7 +38,11 @@ test: $(VENV)/.test
 
 # Runs that are killed, terminated or spread over processes, and what else takes long.
 test-slow: $(VENV)/.test
-	$(PYTEST) -m slow --durations=20
+	$(PYTEST) -m "slow and not benchmarks" --durations=20
+
+# Benchmark scripts from end to end, in small; CI has no time for them.
+test-benchmarks: $(VENV)/.test
+	$(PYTEST) -m benchmarks
 
 # Every reader, given damaged and hostile inputs; one JSON line for each reader in $(FUZZED).
 FUZZ ?= 100000

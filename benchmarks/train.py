@@ -113,7 +113,7 @@ def pytorch(folder: str, context: int) -> Callable[[], Any]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return float(loss)
+        return loss.item()
 
     return run
 

@@ -82,6 +82,7 @@ def test_it_ends_in_time_with_what_it_has(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.benchmarks
 def test_another_device_that_computes_something_else_is_found_out(tmp_path):
     # Two devices of the host's: the second multiplies one tensor by 2, or by 1.
     changes = """
@@ -114,6 +115,7 @@ device.PARTS = {name: (on_second(device.PARTS[name][0]), 1, 1) for name in names
 
 
 @pytest.mark.slow
+@pytest.mark.benchmarks
 def test_on_a_cpu_every_part_has_its_say_and_the_cpu_agrees_with_itself(tmp_path):
     # Much more than the minute that it takes on two idle cores, so that a busy machine leaves nothing out.
     code, parts, printed = run(tmp_path, "device.BRIEF_MINUTES = 60", 20)

@@ -15,7 +15,7 @@ from gsa_jax.tokenizer_folder import open_tokenizer
 from helpers.hf_gpt2 import hf_gpt2, with_tokenizer, write_gpt2
 from helpers.texts import STORIES, TOLD
 
-pytestmark = [pytest.mark.parity, pytest.mark.slow, pytest.mark.usefixtures("optimised")]
+pytestmark = [pytest.mark.parity, pytest.mark.slow, pytest.mark.benchmarks, pytest.mark.usefixtures("optimised")]
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "hedgehog_gpt2.py"
 STEPS = "--steps 2 --batch-size 2 --optimizer.learning-rate 1e-3"
