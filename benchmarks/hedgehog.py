@@ -32,7 +32,7 @@ import side_by_side
 import tyro
 from jaxtyping import Array, Float
 from mapped_attention import MappedSelfAttention
-from quality import FINETUNE, MODEL, ROWS
+from quality import FINETUNE, MODEL, ROWS, TOKENS_A_STEP
 
 from gsa_jax import GPTNeoConfig, GPTNeoForCausalLM, SplatConfig
 from gsa_jax.checkpoint import load_tensors
@@ -220,10 +220,11 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     row = ROWS["pure"]
-    distilling = options(Distill, given.text, row.distill, LEARNING_RATE)
-    tuning = options(Finetune, given.text, f"--steps {row.finetune_steps} {FINETUNE}", LEARNING_RATE / 2)
-
     model, tensors = plain_tensors()
+    batch = f"--batch-size {TOKENS_A_STEP // model.max_position_embeddings}"
+    distilling = options(Distill, given.text, f"{batch} {row.distill}", LEARNING_RATE)
+    tuning = options(Finetune, given.text, f"{batch} --steps {row.finetune_steps} {FINETUNE}", LEARNING_RATE / 2)
+
     exact, hedgehog = exact_model(model), hedgehog_model(model)
     documents = read_documents(given.eval_text)
     rows = text_rows(documents, load_tokenizer(MODEL), model)

@@ -23,15 +23,16 @@ from gsa_jax.config import read_config
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 MODEL = Path(__file__).parents[1] / "gsa_jax" / "assets" / "story-neo"
 
-DISTILL = "--steps 400 --batch-size 4 --optimizer.warmup-steps 20"
-LONG = "--steps 800 --batch-size 4 --optimizer.warmup-steps 40 --optimizer.splat-learning-rate 0.02"
-SHORT = "--steps 150 --batch-size 4 --optimizer.warmup-steps 20"
-FINETUNE = "--batch-size 4 --optimizer.warmup-steps 20 --optimizer.learning-rate 5e-4 --teacher-weight 0.5"
+TOKENS_A_STEP = 2048
+DISTILL = "--steps 400 --optimizer.warmup-steps 20"
+LONG = "--steps 800 --optimizer.warmup-steps 40 --optimizer.splat-learning-rate 0.02"
+SHORT = "--steps 150 --optimizer.warmup-steps 20"
+FINETUNE = "--optimizer.warmup-steps 20 --optimizer.learning-rate 5e-4 --teacher-weight 0.5"
 NO_TERMS = "--preset seed-phase1 --layers global"
 HARD = "--num-splats 64 --window 16"
 NOTHING_KEPT = "--kept 0 --importance norm"
 KEPT = "--kept 32"
-AGAIN = "--steps 400 --batch-size 4 --optimizer.warmup-steps 20 --optimizer.splat-learning-rate 0.01"
+AGAIN = "--steps 400 --optimizer.warmup-steps 20 --optimizer.splat-learning-rate 0.01"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,21 +102,22 @@ def main() -> None:
 
     plain, fitted = given.model or given.out / "plain", folder / "fitted"
     make(plain, f"convert {MODEL} {plain}")
+    training = f"{text} --batch-size {TOKENS_A_STEP // read_config(plain / 'config.json').max_position_embeddings}"
     if row.documents is not None:
         held_out += f" --max-documents {row.documents}"
     attach = f"convert {MODEL} {fitted}" if row.random else f"fit-init {plain} {fitted} {text}"
     make(fitted, f"{attach} {row.attach}" + ("" if row.random else f" {seed}"))
     found = {"fitted": scores(fitted, folder / "fitted.json", held_out)}
-    distilled = train(folder / "distilled", f"distill {fitted}", f"{text} {row.distill} {seed}")
+    distilled = train(folder / "distilled", f"distill {fitted}", f"{training} {row.distill} {seed}")
     found["distilled"] = scores(distilled, folder / "distilled.json", held_out)
     if row.again is not None:
         anew = folder / "importance"
         make(anew, f"fit-init {distilled} {anew} {text} --only-importance {seed}")
-        distilled = train(folder / "distilled-again", f"distill {anew}", f"{text} {row.again} {seed}")
+        distilled = train(folder / "distilled-again", f"distill {anew}", f"{training} {row.again} {seed}")
         found["distilled again"] = scores(distilled, folder / "distilled-again.json", held_out)
     if row.finetune_steps is not None:
         # The control has the same tokens, the same objective and the same teacher.
-        options = f"{text} --steps {row.finetune_steps} {FINETUNE} {seed}"
+        options = f"{training} --steps {row.finetune_steps} {FINETUNE} {seed}"
         control = f"exact-{row.finetune_steps}" + (f"-{given.seed}" if given.seed else "")
         exact = train(given.out / control, f"finetune {plain}", options)
         tuned = train(folder / "finetuned", f"finetune {distilled}", options)
