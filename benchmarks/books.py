@@ -4,9 +4,9 @@
 
 extends the model's 512 positions to 2,048 and fine-tunes it at that length, exact; fits and distils splats for what
 comes out, without and with kept keys; and scores them on a book that none has seen, by position up to 4,096, and on
-passkeys. The training text tells a number every now and then, in the words of `gsa_jax.evaluation.passkey`: what the model cannot
-do at all, its splats cannot keep. Prints the `gsa` commands and what they find. A command whose result is there is not
-repeated.
+passkeys. The training text tells a number every now and then, in the words of `gsa_jax.evaluation.passkey`: what the
+model cannot do at all, its splats cannot keep. Prints the `gsa` commands and what they find. A command whose result is
+there is not repeated.
 
 May be changed here: the text, and the options of the commands.
 """

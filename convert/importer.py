@@ -75,7 +75,7 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
-    splats: SplatConfig | Path | None = None,
+    splats: SplatConfig | str | Path | None = None,
     dtype: str | None = None,
     allow_nonfinite: bool = False,
     tokenizer: Path | None = None,
@@ -173,7 +173,7 @@ class Conversion:
 def open_conversion(
     opened: Source,
     *,
-    splats: SplatConfig | Path | None = None,
+    splats: SplatConfig | str | Path | None = None,
     dtype: str | None = None,
     allow_nonfinite: bool = False,
     tokenizer: Path | None = None,
@@ -294,7 +294,7 @@ def _common_dtype(opened: Source, planned: Plan) -> str:
 
 
 def _attach(
-    config: GPTNeoConfig, splats: SplatConfig | Path | None, dtype: str
+    config: GPTNeoConfig, splats: SplatConfig | str | Path | None, dtype: str
 ) -> tuple[GPTNeoConfig, dict[str, np.ndarray]]:
     """Adds splats to a configuration without any: the configuration, and the parameters it gained."""
     if splats is None:
@@ -304,8 +304,8 @@ def _attach(
             f"the source carries {config.splats.num_splats} splats per head already, no others can be attached; "
             "leave the options of splats out to import its own"
         )
-    if isinstance(splats, Path):
-        splats, trained = read_splats(splats, config)
+    if isinstance(splats, str | Path):
+        splats, trained = read_splats(Path(splats), config)
         return dataclasses.replace(config, splats=splats), trained
     if not splats.has_splats:
         raise InputError("num_splats = 0: attach one splat at least, or leave the option out")

@@ -2,6 +2,8 @@
 
 What most programs need is here; everything else is in the modules. Names are imported when they are first used, so
 that `import gsa_jax` and `gsa --help` do not wait for JAX.
+
+May be changed here: which names programs find at the top.
 """
 
 import importlib

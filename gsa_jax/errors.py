@@ -2,6 +2,8 @@
 
 Raise `InputError` with a single line that names the thing and the remedy; the command line prints that line and
 exits with code 2. Anything else that escapes is a bug and keeps its traceback.
+
+May be changed here: how a message is cut to one line, and how much of another one it quotes.
 """
 
 from collections.abc import Sequence

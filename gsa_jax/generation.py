@@ -368,7 +368,13 @@ class _StopWatch:
 def generate_stream(
     model: GPTNeoForCausalLM, prompts: Prompts, *, tokens_per_step: int = 1, **options: Unpack[GenerationOptions]
 ) -> Iterator[np.ndarray]:
-    """Like `generate`, but yields `[B, n]` new tokens as they come, `tokens_per_step` at a time."""
+    """Like `generate`, but yields `[B, n]` new tokens as they come, `tokens_per_step` at a time.
+
+    Raises:
+        InputError: what `generate` refuses, or `tokens_per_step` is below 1; when the first tokens are asked for.
+    """
+    if tokens_per_step < 1:
+        raise InputError(f"tokens_per_step = {tokens_per_step}: must be >= 1")
     request = make_request(model, prompts, **options)
     for step in decode_steps(model, request, tokens_per_step=tokens_per_step):
         yield step.tokens

@@ -30,7 +30,7 @@ from gsa_jax.layer_scan import scan_layers
 from gsa_jax.layers import ACTIVATION_FUNCTIONS, Linear
 from gsa_jax.ops import SplatState, linear, look_up
 from gsa_jax.ops.partition import keep_rows_apart
-from gsa_jax.ops.segments import check_segment_ids, join_masks, positions_from_mask, token_mask
+from gsa_jax.ops.segments import check_integers, check_segment_ids, join_masks, positions_from_mask, token_mask
 
 
 @no_type_check  # a pytree also holds shapes and shardings
@@ -202,10 +202,11 @@ class GPTNeoModel(nnx.Module):
 
 
 def _token_ids(input_ids: ArrayLike) -> Int[Array, "B T"]:
-    ids = jnp.asarray(input_ids)
-    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise InputError(f"input_ids is {ids.dtype}{list(ids.shape)}; give integers of shape [rows, tokens]")
-    return ids
+    shape = np.shape(input_ids)
+    remedy = "give integers of shape [rows, tokens]"
+    if len(shape) != 2:
+        raise InputError(f"input_ids has the shape {list(shape)}; {remedy}")
+    return check_integers("input_ids", input_ids, shape, remedy)
 
 
 class GPTNeoForCausalLM(nnx.Module):
@@ -228,7 +229,7 @@ class GPTNeoForCausalLM(nnx.Module):
         self,
         input_ids: ArrayLike,
         attention_mask: ArrayLike | None = None,
-        positions: Int[Array, "B T"] | None = None,
+        positions: ArrayLike | None = None,
         segment_ids: ArrayLike | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of the next token, float32.
@@ -253,13 +254,15 @@ class GPTNeoForCausalLM(nnx.Module):
         self,
         input_ids: ArrayLike,
         attention_mask: ArrayLike | None = None,
-        positions: Int[Array, "B T"] | None = None,
+        positions: ArrayLike | None = None,
         segment_ids: ArrayLike | None = None,
     ) -> Float[Array, "B T E"]:
         """What `__call__` makes logits of, with the same arguments; in the dtype of the computation."""
         ids = _token_ids(input_ids)
         mask = token_mask(attention_mask, ids.shape)
         segments = None if segment_ids is None else check_segment_ids(segment_ids, ids.shape)
+        if positions is not None:
+            positions = check_integers("positions", positions, ids.shape, f"give integers of shape {list(ids.shape)}")
         return self.transformer(ids, mask, segments, positions)[0]
 
     def prefill(

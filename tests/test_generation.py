@@ -144,6 +144,12 @@ def test_stream_equals_whole(model: GPTNeoForCausalLM) -> None:
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), generate(model, [[3, 4, 5]], **settings))
 
 
+def test_no_tokens_at_a_time_is_an_error(model: GPTNeoForCausalLM) -> None:
+    for number in (0, -1):
+        with pytest.raises(InputError, match=f"tokens_per_step = {number}: must be >= 1"):
+            next(generate_stream(model, [[3, 4]], max_new_tokens=2, tokens_per_step=number))
+
+
 def test_a_new_prompt_compiles_nothing(model: GPTNeoForCausalLM) -> None:
     def run(length: int, new: int, temperature: float) -> None:
         sampler = Categorical(temperature=temperature)

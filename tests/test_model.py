@@ -362,8 +362,16 @@ def test_what_is_no_token_id_is_an_error() -> None:
         with pytest.raises(InputError, match=f"row 1 has a token with token id {wrong}, the model has {VOCAB}"):
             model(np.array([[1, 2], [3, wrong]]))
     for wrong in (np.zeros(3, int), np.zeros((1, 3)), np.zeros((1, 2, 3), int)):
-        with pytest.raises(InputError, match="input_ids is "):
+        with pytest.raises(InputError, match=r"input_ids (is|has) "):
             model(wrong)
+    with pytest.raises(InputError, match=f"input_ids holds {2**32 + 1}, which 32 bits cannot"):
+        model(np.array([[1, 2**32 + 1]]))
+
+
+@pytest.mark.parametrize("positions", [np.zeros((1, 4), int), np.zeros(3, int), np.zeros((1, 3))], ids=str)
+def test_positions_of_another_shape_are_an_error(positions: np.ndarray) -> None:
+    with pytest.raises(InputError, match=r"positions is .*; give integers of shape \[1, 3\]"):
+        tiny_model()(np.array([[1, 2, 3]]), positions=positions)
 
 
 def test_a_row_that_is_too_long_leaves_the_others_alone() -> None:

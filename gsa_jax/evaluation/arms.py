@@ -32,7 +32,13 @@ Arm = tuple[GPTNeoConfig, Mapping[str, Any]]
 _TOKENS_AT_ONCE = 4096
 """Tokens whose logits are in memory together; a longer row runs alone."""
 
-NO_WINDOW = "window-only is left out: with a window of 0 it has nothing to attend to"
+_WITHOUT = {
+    "without-splats": {"num_splats": 0},
+    "without-kept": {"kept": 0},
+    "window-only": {"num_splats": 0, "kept": 0},
+}
+"""What these arms do not have of the splat layers' numbers."""
+
 NOTHING_KEPT = "without-splats and without-kept are left out: no keys are kept, so they are window-only and hybrid"
 NO_SPLATS = "without-splats and without-kept are left out: there are no splats, so they are hybrid and window-only"
 
@@ -101,11 +107,10 @@ def make_arms(config: GPTNeoConfig, tensors: Mapping[str, Any], reference: Arm |
         _check_reference(reference[0], config)
         arms["exact"] = reference[0].with_window("all"), reference[1]
     arms["hybrid"] = config, tensors
-    if splats.keeps and splats.has_splats:
-        arms["without-splats"] = _with(config, tensors, num_splats=0)
-        arms["without-kept"] = _with(config, tensors, kept=0)
-    if not _lacks_window(config):
-        arms["window-only"] = _with(config, tensors, num_splats=0, kept=0)
+    for name, change in _WITHOUT.items():
+        is_another = name == "window-only" or (splats.keeps and splats.has_splats)
+        if is_another and not _is_blind(config, change):
+            arms[name] = _with(config, tensors, change)
     of_values = [attention_tensor(n, f"v_proj.{leaf}") for n in config.splat_layers for leaf in ("weight", "bias")]
     nothing = {name: jnp.zeros_like(tensors[name]) for name in of_values if name in tensors}
     arms["none"] = (exact, {**tensors, **nothing})
@@ -115,19 +120,20 @@ def make_arms(config: GPTNeoConfig, tensors: Mapping[str, Any], reference: Arm |
 def left_out(config: GPTNeoConfig) -> tuple[str, ...]:
     """Which arms a configuration does not have, and why."""
     assert config.splats is not None, "arms are of a model with splats"
-    told = {
-        NOTHING_KEPT: not config.splats.keeps,
-        NO_SPLATS: not config.splats.has_splats,
-        NO_WINDOW: _lacks_window(config),
-    }
-    return tuple(note for note, is_so in told.items() if is_so)
+    told = {NOTHING_KEPT: not config.splats.keeps, NO_SPLATS: not config.splats.has_splats}
+    notes = [note for note, is_so in told.items() if is_so]
+    for name, change in _WITHOUT.items():
+        if (name == "window-only" or not notes) and _is_blind(config, change):
+            notes.append(f"{name} is left out: with a window of 0 it has nothing to attend to")
+    return tuple(notes)
 
 
-def _lacks_window(config: GPTNeoConfig) -> bool:
-    return any(layer.window == 0 for layer in config.layer_splats.values())
+def _is_blind(config: GPTNeoConfig, change: Mapping[str, int]) -> bool:
+    """Whether a splat layer would have nothing to attend to with these numbers instead of its own."""
+    return any(not any(layer._replace(**change)) for layer in config.layer_splats.values())
 
 
-def _with(config: GPTNeoConfig, tensors: Mapping[str, Any], **change: int) -> Arm:
+def _with(config: GPTNeoConfig, tensors: Mapping[str, Any], change: Mapping[str, int]) -> Arm:
     """The model with other numbers of splats or kept keys, and with the parameters that it still has."""
     assert config.splats is not None, "arms are of a model with splats"
     config = dataclasses.replace(config, splats=dataclasses.replace(config.splats, **change))

@@ -144,7 +144,7 @@ def evaluate(
         reference=reference,
     )
     documents = read_documents(text, max_documents)
-    rows = text_rows(documents, tokenizer, next(iter(arms.values()))[0], context)
+    rows = text_rows(documents, tokenizer, arms.get("hybrid", arms["exact"])[0], context)
     return score_arms(
         arms, documents, rows, checkpoint=str(folder), text=str(text), batch_size=batch_size, progress=progress
     )

@@ -11,6 +11,7 @@ May be changed here: what may be chosen, and how it is judged.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -123,7 +124,8 @@ def spend(
         progress: wraps the names of the steps.
 
     Raises:
-        InputError: the budget is too small for a splat in each layer, or the checkpoint or the text cannot be used.
+        InputError: the budget is too small for a splat in each layer; the text is so short that a window and kept keys
+            hold all of it; or the checkpoint or the text cannot be used.
     """
     require_seed(seed)
     stored, tensors = load_tensors(folder)
@@ -136,12 +138,12 @@ def spend(
             f"state budget = {budget:,} bytes: too small for splats in {len(layers)} layers; give at least {least:,}"
         )
     ids, mask = calibration_tokens(Path(folder), text, config, 2 * _TOKENS)
-    half = int(np.searchsorted(np.cumsum(mask.sum(axis=1)), mask.sum() // 2)) + 1
+    if len(ids) < 2:
+        raise InputError(f"{text}: one row is not enough to choose by and to compare on; give more text")
+    half = min(int(np.searchsorted(np.cumsum(mask.sum(axis=1)), mask.sum() // 2)) + 1, len(ids) - 1)
     chosen_by, held_out = (
         TextRows(ids[part], mask[part], np.arange(len(ids))[part]) for part in (slice(half), slice(half, None))
     )
-    if not len(held_out.document):
-        raise InputError(f"{text}: one document is not enough to choose by and to compare on; give more text")
     plain, weights = without_splats(config, tensors)
     model = build_model(plain, weights)
 
@@ -171,6 +173,10 @@ def spend(
         next(steps)
         _, projected = next(projections(model, chosen_by.input_ids, chosen_by.attention_mask, (layer,)))
         errors[layer] = _layer_errors(config, layer, projected, chosen_by, weights, list(sizes), seed)
+        if not errors[layer][_PRICED]:
+            raise InputError(
+                f"{text}: no row is longer than {_PRICED.window} tokens, so splats are never used; give longer text"
+            )
         prices[layer] = max(price(layer, _PRICED), 1e-6)
     next(steps)
     first, _ = choose()
@@ -183,6 +189,9 @@ def spend(
     rise = loss(with_choice(stored, splats, best), held_out) - exact
     uniform_rise = loss(with_choice(stored, splats, [uniform]), held_out) - exact
     next(steps, None)  # ends the progress
+    chosen = with_splats(splats, best if rise < uniform_rise else [uniform])
+    if not (chosen.has_splats or chosen.keeps):
+        raise InputError(f"{text}: a window within {budget:,} bytes holds all of it; give longer text, or fewer bytes")
     return Budget(
         budget=budget,
         layers=tuple(
@@ -192,7 +201,7 @@ def spend(
         uniform=uniform,
         rise=rise,
         uniform_rise=uniform_rise,
-        splats=with_splats(splats, best if rise < uniform_rise else [uniform]),
+        splats=chosen,
     )
 
 
@@ -271,12 +280,13 @@ def _layer_errors(
         for option in options:
             if option.num_splats == count:
                 assert option.window != "all", "what may be chosen is finite"
-                error = _error(rows, exact, near, far, importance, out_proj, option.window, option.kept)
+                numbers = option.window, option.kept
+                error = _error(rows, exact, near, far, importance, out_proj, *numbers, has_gain=config.splats.far_gain)
                 errors[option] = float(error)
     return errors
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="has_gain")
 def _error(
     rows: AttentionRows,
     exact: Float[Array, "N H R T"],
@@ -286,14 +296,16 @@ def _error(
     out_proj: Float[Array, "E E"],
     window: int | Int[Array, ""],
     kept: int | Int[Array, ""],
+    has_gain: bool,
 ) -> Float[Array, ""]:
-    """Squared error of the layer's output of attention, relative to the output, at the far gain that `placing` takes.
+    """Squared error of the layer's output of attention, relative to the output.
 
     Args:
         exact: scores of exact attention.
         near: exact scores of all keys.
         far: scores through splats.
         importance: as `Splats.importance`.
+        has_gain: whether there is a far gain: the one at which far keys have the mass that exact attention gives them.
     """
     through = far_keys(rows, importance, window, kept)
     wanted = jax.nn.softmax(exact, axis=-1)
@@ -310,8 +322,8 @@ def _error(
         below = mass(weights(middle)) < mass(wanted)
         return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
-    heads = far.shape[1]
-    low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, tuple(jnp.full(heads, bound) for bound in _GAIN_RANGE))
+    bounds = tuple(jnp.full(far.shape[1], bound if has_gain else 0.0) for bound in _GAIN_RANGE)
+    low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, bounds)
 
     def output(weights: jax.Array) -> jax.Array:
         of_heads = jnp.einsum("nhrt,nthd->nrhd", weights, rows.value, precision=jax.lax.Precision.HIGHEST)

@@ -74,7 +74,8 @@ class HeadDiagnostics:
         layer: its number.
         head: its number.
         sigma: geometric mean of its splats' scales.
-        exact_entropy: of exact attention, divided by its maximum: 1 is equal weights, 0 is a single key.
+        exact_entropy: of exact attention, divided by the logarithm of how many keys have gone before, itself included:
+            1 is equal weights to all of them, 0 is a single key.
         entropy: the same of attention with the window and the splats.
         exact_far_mass: weight that exact attention gives to far keys: those beyond the window that are not kept.
         far_mass: weight that they get through the splats.
@@ -150,7 +151,7 @@ def diagnose(
 
     Raises:
         InputError: the checkpoint or the text cannot be used, or nothing goes through splats: there are none, the
-            window is `"all"`, or no two tokens of a row are `window` apart.
+            window is `"all"`, or no row has a key beyond the window and the kept ones of a layer with splats.
     """
     config, tensors = load_tensors(folder)
     return diagnose_on(build_model(config.with_window(window, kept), tensors), folder, text, tokens=tokens)
@@ -185,7 +186,8 @@ def diagnose_model(
         raise InputError("the model has no splats to diagnose; attach and fit some first: gsa fit-init")
     if config.splats.window == "all":
         raise InputError("window = 'all' leaves the splats unused; give a number of tokens, such as --window 64")
-    far = max(own.window + own.kept for own in config.layer_splats.values() if own.window != "all")
+    with_splats = [own for own in config.layer_splats.values() if own.num_splats and own.window != "all"]
+    far = max(own.window + own.kept for own in with_splats)
     if attention_mask.sum(axis=1).max() <= far:
         raise InputError(f"no token of the text has another {far} before it; give longer text or a smaller window")
     loss, gradients = _loss_and_gradients(*nnx.split(model, _is_splat, ...), input_ids, attention_mask)

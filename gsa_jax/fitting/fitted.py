@@ -88,8 +88,8 @@ def fit_init(
     stored, tensors = load_tensors(folder)
     config = dataclasses.replace(stored, splats=splats or default_splats(stored))
     assert config.splats is not None
-    if not config.splats.has_splats and not (config.splats.keeps and config.splats.importance == "learned"):
-        raise InputError("num_splats = 0 leaves nothing to fit; give at least one splat per head")
+    if not (config.splats.has_splats or config.splats.keeps):
+        raise InputError("num_splats = 0 and kept = 0 leave nothing to fit; give each head a splat or a kept key")
     input_ids, mask = calibration_tokens(folder, text, config, tokens)
     plain, kept = without_splats(config, tensors)
     fitted: dict[str, np.ndarray] = {}

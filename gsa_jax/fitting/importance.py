@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from gsa_jax.errors import InputError
 from gsa_jax.fitting.statistics import AttentionRows, exact_log_weights, far_keys, splat_log_weights
 from gsa_jax.ops import Splats
 from gsa_jax.splat_config import Window
@@ -58,11 +59,19 @@ def fit_importance(
         rows: of at least two sequences.
         splats: of the layer, without `importance`.
         seen: what exact attention sees.
+
+    Raises:
+        InputError: no row of the first half has a key beyond the window.
     """
     half = len(rows.row) // 2
     training, held_out = (jax.tree.map(lambda x, part=part: x[part], rows) for part in (slice(half), slice(half, None)))
     exactly = exact_log_weights(training, seen=seen)
     beyond = far_keys(training, None, window, 0)
+    if not jnp.any(beyond):
+        raise InputError(
+            f"layer {layer}: importance is learned from rows of text longer than the window of {window}, and the first "
+            f"half of the text's {len(rows.row)} has none; give more and longer text, or take --importance norm"
+        )
     error = jnp.where(beyond, jnp.abs(jnp.exp(exactly) - jnp.exp(splat_log_weights(training, splats, beyond)[0])), 0)
     saved = jnp.sum(error, axis=2) / jnp.maximum(jnp.sum(beyond, axis=2), 1).astype(error.dtype)
     reached = np.asarray(jnp.any(beyond, axis=2))  # [N, H, T]

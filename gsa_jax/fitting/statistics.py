@@ -191,7 +191,8 @@ class RowStatistics:
     """Of each head's attention, over sampled rows.
 
     Attributes:
-        entropy: mean of a row's entropy divided by its maximum, the logarithm of how many keys it sees.
+        entropy: mean of a row's entropy divided by the logarithm of how many keys have gone before, itself included,
+            whether or not the layer sees all of them.
         far_mass: mean weight that a row gives to far keys, `far_keys`.
         usage: share of each splat in all of the weight that goes through splats; sums to 1. None for exact attention.
     """

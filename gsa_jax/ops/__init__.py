@@ -4,6 +4,8 @@ Letters used in shapes throughout the project:
 
     B batch   T tokens (queries)   K tokens (keys)   H heads   D head_dim   S splats per head
     E hidden_size   F width of the MLP   V vocabulary   W window in tokens
+
+May be changed here: what the rest of the package may use of the operations, and the letters.
 """
 
 from gsa_jax.ops.api import splat_attention

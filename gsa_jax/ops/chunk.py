@@ -123,7 +123,7 @@ def near(
     Args:
         keys: N = M + K, the kept ones first.
         kept_segments: documents of the keys that were kept before the chunk.
-        until: when they and the keys that leave the window are no longer kept, as in `kept.Chosen`.
+        until: when they and the keys that leave the window are no longer kept, as in `kept.Choice`.
     """
     dtype = sums_dtype(query.dtype)
     size = len(query)

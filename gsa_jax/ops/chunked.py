@@ -6,8 +6,9 @@ scan over groups carries the state.
 
 On a TPU, most calls that begin a text are `gsa_jax.ops.kernel` instead.
 
-May be changed here: how large chunks and groups are on each platform (`_SCHEDULES`), what goes from chunk to chunk, and
-what all heads and rows must do alike (`_group`). What a chunk computes is `gsa_jax.ops.chunk`.
+May be changed here: how large chunks and groups are on each platform (`_SCHEDULES`), which calls a TPU's kernel takes
+(`kernel_takes`), what goes from chunk to chunk, and what all heads and rows must do alike (`_group`). What a chunk
+computes is `gsa_jax.ops.chunk`.
 """
 
 import dataclasses

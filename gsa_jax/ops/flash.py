@@ -42,7 +42,8 @@ def exact_attention(
             finite result.
 
     Raises:
-        InputError: a kernel is named that does not take the inputs' dtype, or is not on this machine.
+        InputError: a kernel is named that does not take the inputs' dtype or shape, or it is cuDNN's and there is no
+            GPU. That splash attention needs a TPU, Pallas says, once the program's platform is known.
     """
     if implementation not in get_args(AttentionImplementation):
         raise InputError(
@@ -60,6 +61,11 @@ def exact_attention(
         )
     if implementation == "cudnn" and not has_gpu:
         raise InputError("attention_implementation = 'cudnn' needs an NVIDIA GPU, and JAX finds none; take 'auto'")
+    if implementation == "cudnn" and not _cudnn_takes(query):
+        raise InputError(
+            "attention_implementation = 'cudnn' takes an even number of tokens and heads of a multiple of 8 up to 128, "
+            f"and there are {query.shape[1]} tokens and heads of {query.shape[3]}; take 'auto'"
+        )
 
     def on_device(kernel: Callable[..., jax.Array]) -> Attend:
         tokens = TOKENS_AND_HEADS
@@ -68,7 +74,7 @@ def exact_attention(
     kernels = {"splash": on_device(splash), "cudnn": on_device(_cudnn)}
     if implementation != "auto":
         return kernels[implementation](query, key, value, segments)
-    platforms = {"tpu": kernels["splash"], **({"cuda": kernels["cudnn"]} if has_gpu else {})}
+    platforms = {"tpu": kernels["splash"], **({"cuda": kernels["cudnn"]} if has_gpu and _cudnn_takes(query) else {})}
     return jax.lax.platform_dependent(query, key, value, segments, **platforms, default=ours)
 
 
@@ -109,6 +115,12 @@ def splash(
         arguments.append(kernels.SegmentIds(segments, segments))
     output: Any = jax.vmap(kernel)(*arguments)
     return jnp.swapaxes(output, 1, 2)[:, :length]
+
+
+def _cudnn_takes(query: Float[Array, "B T H D"]) -> bool:
+    """What JAX lets cuDNN's flash attention have on every GPU; odd lengths it refuses once gradients are asked for."""
+    _, length, _, head_dim = query.shape
+    return length % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128
 
 
 def _cudnn(

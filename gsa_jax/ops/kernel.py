@@ -5,7 +5,8 @@ The grid is rows, heads and chunks, the last one in the order of time forward an
 kernel carries the state of a head from chunk to chunk and stores it at the start of each; the backward one computes
 each chunk again from there, and carries the gradient of the state. Both call `gsa_jax.ops.kernel_chunk`.
 
-May be changed here: which calls the kernels take, how arrays are laid out for them, and what goes from chunk to chunk.
+May be changed here: how arrays are laid out for the kernels, and what goes from chunk to chunk. Which calls they take
+is `kernel_takes` in `gsa_jax.ops.chunked`.
 """
 
 import dataclasses

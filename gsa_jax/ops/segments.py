@@ -48,25 +48,39 @@ def token_mask(attention_mask: ArrayLike | None, shape: tuple[int, ...]) -> Bool
     return jnp.asarray(mask if is_bool else mask != 0)
 
 
+def check_integers(name: str, numbers: ArrayLike, shape: tuple[int, ...], remedy: str) -> Int[Array, "B T"]:
+    """Numbers of tokens as int32.
+
+    Raises:
+        InputError: they have another shape or dtype, or do not fit in 32 bits (which can be seen only outside of
+            `jit`).
+    """
+    array = numbers if isinstance(numbers, jax.Array) else np.asarray(numbers)
+    if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise InputError(f"{name} is {array.dtype}{list(array.shape)}; {remedy}")
+    if not isinstance(array, Tracer):
+        known, bounds = np.asarray(array), np.iinfo(np.int32)
+        outside = known[(known < bounds.min) | (known > bounds.max)]
+        if outside.size:
+            raise InputError(f"{name} holds {outside[0]}, which 32 bits cannot; {remedy}")
+    return jnp.asarray(array).astype(jnp.int32)
+
+
 def check_segment_ids(segment_ids: ArrayLike, shape: tuple[int, ...]) -> Int[Array, "B T"]:
     """Numbers of documents as int32.
 
     Raises:
-        InputError: they have another shape or dtype, are negative, or fall along a row (which can be seen only outside
-            of `jit`).
+        InputError: what `check_integers` refuses; or (which can be seen only outside of `jit`) they are negative, or
+            fall along a row.
     """
-    numbers = segment_ids if isinstance(segment_ids, jax.Array) else np.asarray(segment_ids)
-    if numbers.shape != shape or not jnp.issubdtype(numbers.dtype, jnp.integer):
-        raise InputError(
-            f"segment_ids is {numbers.dtype}{list(numbers.shape)}; give integers of shape {list(shape)}, the number of "
-            "each token's document"
-        )
+    remedy = f"give integers of shape {list(shape)}, the number of each token's document"
+    numbers = check_integers("segment_ids", segment_ids, shape, remedy)
     if not isinstance(numbers, Tracer):
         known = np.asarray(numbers)
         reached = np.maximum.accumulate(known, axis=1)
         if np.any((known != 0) & (known != reached)) or np.any(known < 0):
             raise InputError("segment_ids fall along a row; number documents 1, 2, ... and padding 0")
-    return jnp.asarray(numbers).astype(jnp.int32)
+    return numbers
 
 
 def join_masks(attention_mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"]:

@@ -139,7 +139,7 @@ def test_splats_travel_without_their_model(tmp_path: Path) -> None:
     model = with_splats(hf_gpt2(), tmp_path, MODES["hybrid"])
     save(tmp_path / "splats", model.config, named_parameters(model), copied=[])
     export(tmp_path / "splats", tmp_path / "alone", splats_only=True)
-    convert(tmp_path / "source", tmp_path / "together", splats=tmp_path / "alone")
+    convert(tmp_path / "source", tmp_path / "together", splats=str(tmp_path / "alone"))
     ids = random_ids(4, 1, 20)
     np.testing.assert_array_equal(load(tmp_path / "together")(ids), model(ids))
 

@@ -9,7 +9,7 @@ import pytest
 
 from gsa_jax import InputError, SplatConfig, load_tokenizer
 from gsa_jax.checkpoint import load_tensors, save
-from gsa_jax.evaluation.arms import make_arms, rows_at_once
+from gsa_jax.evaluation.arms import left_out, make_arms, rows_at_once
 from gsa_jax.evaluation.perplexity import Evaluation, evaluate, score_arms
 from gsa_jax.parameters import POSITION_EMBEDDING, extend_positions
 from gsa_jax.text import read_documents, text_rows
@@ -99,6 +99,29 @@ def test_arms_in_memory_score_as_those_of_the_checkpoint(checkpoint: Path, own: 
 def test_memory_of_a_batch_is_bounded() -> None:
     assert [rows_at_once(length, 8) for length in (64, 512, 1024, 2048, 4096, 9000)] == [8, 8, 4, 2, 1, 1]
     assert rows_at_once(512, 3) == 3
+
+
+def test_a_reference_with_more_positions_does_not_lengthen_the_rows(checkpoint: Path, tmp_path: Path) -> None:
+    config, tensors = load_tensors(checkpoint)
+    save(tmp_path / "long", *extend_positions(config, tensors, LONGER, "tile"), copied=tokenizer_files(checkpoint))
+    found = evaluate(checkpoint, STORIES, reference=tmp_path / "long")
+    assert found.context == config.max_position_embeddings < LONGER
+    assert found == evaluate(checkpoint, STORIES), "tiled, its first positions are the same"
+
+
+@pytest.mark.parametrize(
+    ("num_splats", "kept", "missing"),
+    [((2, 1), (0, 4), "without-splats"), ((0, 2), (4, 4), "without-kept"), ((2, 1), (0, 0), "without-splats")],
+)
+def test_a_layer_that_would_see_nothing_is_no_arm(num_splats, kept, missing, story_neo: Path, tmp_path: Path) -> None:
+    """Without a window, in layers that do not have the same."""
+    splats = SplatConfig(num_splats=num_splats, window=0, kept=kept, layers="all")
+    config, tensors = load_tensors(tiny_checkpoint(tmp_path / "model", story_neo, splats=splats))
+    arms = {"exact", "hybrid", "without-splats", "without-kept", "none"}
+    arms -= {missing, "without-kept"} if not any(kept) else {missing}
+    assert set(make_arms(config, tensors)) == arms
+    notes = " ".join(left_out(config))
+    assert missing in notes and "window-only is left out" in notes
 
 
 def test_what_is_no_reference_is_refused(checkpoint: Path, story_neo: Path, tmp_path: Path) -> None:

@@ -178,6 +178,13 @@ def test_a_model_that_keeps_keys_and_has_no_splats(checkpoint: Path, evaluation:
     assert len(kept.notes) == 1 and "there are no splats" in kept.notes[0]
     assert scores(kept)["window-only"] == scores(evaluation)["window-only"] != scores(kept)["hybrid"]
 
+    by_norm = SplatConfig(num_splats=0, window=WINDOW, kept=KEPT)
+    fit_init(checkpoint, tmp_path / "by norm", STORIES, splats=by_norm)
+    found = evaluate(tmp_path / "by norm", STORIES, context=CONTEXT)
+    assert scores(found)["hybrid"] == scores(evaluation)["without-splats"]
+    with pytest.raises(InputError, match="num_splats = 0 and kept = 0 leave nothing to fit"):
+        fit_init(checkpoint, tmp_path / "nothing", STORIES, splats=dataclasses.replace(by_norm, kept=0))
+
 
 def test_what_each_part_does_given_the_other(evaluation: Evaluation) -> None:
     found = scores(evaluation)

@@ -1,9 +1,11 @@
 """What makes a key one to keep, learned from what keeping it would have saved."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gsa_jax.errors import InputError
 from gsa_jax.fitting.importance import fit_importance
 from gsa_jax.fitting.statistics import AttentionRows
 from gsa_jax.ops import Splats
@@ -66,3 +68,11 @@ def test_errors_are_those_of_float64_rows(rows: AttentionRows) -> None:
                     errors[name].append(np.abs(exact - through).sum() / 2)
         for name, found in errors.items():
             assert getattr(head, name) == pytest.approx(np.mean(found), rel=1e-4), name
+
+
+def test_rows_that_the_window_holds_say_nothing(rows: AttentionRows) -> None:
+    """Their first half, that is; of a single row it is empty."""
+    single = jax.tree.map(lambda x: x[:1], rows)
+    for too_short, window in ((rows, LENGTH), (single, WINDOW)):
+        with pytest.raises(InputError, match=f"layer 3: .* longer than the window of {window}, .* --importance norm"):
+            fit_importance(3, too_short, SPLATS, window=window, kept=KEPT, seen="all")

@@ -89,6 +89,23 @@ def test_a_program_has_the_kernel_of_its_platform(window: int | str) -> None:
         assert "custom_call" not in program(platform, jnp.bfloat16, "auto", window)
 
 
+def test_shapes_that_cudnn_does_not_take_are_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU, as this test says, JAX refuses heads of 4, and odd lengths with gradients."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def lower(length: int, size: int, implementation: AttentionImplementation = "auto") -> str:
+        x, segments = jnp.ones((1, length, 2, size), jnp.bfloat16), jnp.ones((1, length), jnp.int32)
+        attend = functools.partial(exact_attention, causal_attention, window=None, implementation=implementation)
+        return jax.jit(attend).trace(x, x, x, segments).lower(lowering_platforms=("cuda",)).as_text()
+
+    for length, size in ((16, 4), (17, 64), (16, 192)):
+        assert "custom_call" not in lower(length, size)
+        with pytest.raises(InputError, match=f"there are {length} tokens and heads of {size}; take 'auto'"):
+            lower(length, size, "cudnn")
+    with pytest.raises(RuntimeError, match="cuDNN"):  # what is asked for, and JAX does not find here
+        lower(16, 64)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_an_implementation_that_cannot_run_is_refused() -> None:
     with pytest.raises(InputError, match=r"'splash' computes in 16 bits, and the inputs are float32; take 'xla'"):

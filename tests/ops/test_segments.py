@@ -305,6 +305,7 @@ def test_documents_that_cannot_be_read(change: dict, words: str) -> None:
         (np.ones((1, 4), np.float32), "segment_ids is float32"),
         (np.ones((1, 4), bool), "segment_ids is bool"),
         (np.array([[2, 2, 1, 1]]), "fall along a row"),
+        (np.array([[1, 1, 2**31, 2**31]]), "segment_ids holds 2147483648, which 32 bits cannot"),
     ],
 )
 def test_segments_that_do_not_fit(segment_ids: np.ndarray, words: str) -> None:
