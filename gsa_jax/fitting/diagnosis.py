@@ -186,8 +186,8 @@ def diagnose_model(
         raise InputError("the model has no splats to diagnose; attach and fit some first: gsa fit-init")
     if config.splats.window == "all":
         raise InputError("window = 'all' leaves the splats unused; give a number of tokens, such as --window 64")
-    with_splats = [own for own in config.layer_splats.values() if own.num_splats and own.window != "all"]
-    far = max(own.window + own.kept for own in with_splats)
+    layers = config.layer_splats.values()
+    far = max(own.window + own.kept for own in layers if own.num_splats and own.window != "all")
     if attention_mask.sum(axis=1).max() <= far:
         raise InputError(f"no token of the text has another {far} before it; give longer text or a smaller window")
     loss, gradients = _loss_and_gradients(*nnx.split(model, _is_splat, ...), input_ids, attention_mask)
