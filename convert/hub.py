@@ -7,6 +7,7 @@ May be changed here: which files of a repository are downloaded, and in which or
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,14 +49,14 @@ def find_folder(
         InputError: there is no such folder or repository, or its list of files or its configuration cannot be used.
     """
     folder = Path(source)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir, False of a folder that may not be looked at
         if revision is not None:
             raise InputError(f"{source}: is a folder of this machine, which has no revisions; leave --revision out")
         folder = folder / (subfolder or "")
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise InputError(f"{folder}: no such folder")
         return FoundFolder(folder, None)
-    if folder.exists():
+    if os.path.exists(folder):
         raise InputError(f"{source}: is a file; give the folder that holds config.json and the weights")
     if not is_hub_id(source):
         raise InputError(f"{source}: no such folder")

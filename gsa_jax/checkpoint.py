@@ -169,14 +169,14 @@ def load_tensors(folder: str | Path) -> tuple[GPTNeoConfig, dict[str, np.ndarray
         InputError: the folder is not a checkpoint, is damaged, or its tensors do not fit its configuration.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir, False of a folder that may not be looked at
         remedy = (
             f"; if it is on a hub, fetch it first: gsa convert {folder} OUT, or, if it is a checkpoint there, "
             f"hf download {folder} --local-dir OUT"
         )
         raise InputError(f"{folder}: no such checkpoint folder{remedy if is_hub_id(str(folder)) else ''}")
-    if not (folder / WEIGHTS_FOLDER).is_dir():
-        remedy = f"; convert it first: gsa convert {folder} OUT" if (folder / CONFIG_FILE).exists() else ""
+    if not os.path.isdir(folder / WEIGHTS_FOLDER):
+        remedy = f"; convert it first: gsa convert {folder} OUT" if os.path.exists(folder / CONFIG_FILE) else ""
         raise InputError(f"{folder}: not a gsa-jax checkpoint (no {WEIGHTS_FOLDER}/ in it){remedy}")
     refuse_foreign(folder, [CONFIG_FILE, WEIGHTS_FOLDER, *TOKENIZER_FILES, *OWN_FILES])
     config = read_config(folder / CONFIG_FILE)

@@ -49,7 +49,7 @@ def new_file(out: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _staged(out: Path, needed_bytes: int) -> Iterator[Path]:
     refuse_existing(out)
-    new_parents = [parent for parent in out.parents if not parent.exists()]
+    new_parents = [parent for parent in out.parents if not os.path.exists(parent)]
     staging = None
     try:
         staging = _make_staging(out, needed_bytes)
@@ -84,7 +84,7 @@ def replace_text(path: Path, text: str) -> None:
 
 def refuse_existing(out: Path) -> None:
     """Raises `InputError` if there is something at `out`; for callers who would rather know before they download."""
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):
         raise InputError(f"{out} exists already; choose another output or remove it first")
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import gzip
 import io
 import itertools
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -122,7 +123,7 @@ def read_pieces(files: TextFiles, longest: int | None = None) -> Iterator[Piece]
 
 def total_bytes(files: TextFiles) -> int:
     """Bytes of all files; those that are not there, which reading them will say, count nothing."""
-    return sum(path.stat().st_size for path in files.paths if path.exists())
+    return sum(path.stat().st_size for path in files.paths if os.path.exists(path))
 
 
 class _Block(NamedTuple):

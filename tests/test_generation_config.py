@@ -4,10 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from gsa_jax import GPTNeoConfig, InputError, load
-from gsa_jax.generation_config import GenerationConfig, read_generation_config
+from gsa_jax.generation_config import GENERATION_CONFIG_FILE, GenerationConfig, read_generation_config
+from gsa_jax.train.config import Pretrain
+from gsa_jax.train.loop import train
+from helpers.texts import STORIES
+from helpers.tiny_checkpoints import tiny_checkpoint
 from helpers.tiny_models import tiny_config
 
 SETTINGS: list[dict[str, Any]] = [
@@ -121,3 +126,13 @@ def test_a_model_may_have_several_ends() -> None:
     for wrong in ("3", [[3]]):  # numbers beyond the vocabulary end nothing
         with pytest.raises(InputError, match="eos_token_id = "):
             tiny_config(eos_token_id=wrong)
+
+
+@pytest.mark.slow
+def test_a_model_from_scratch_does_not_generate_as_its_tokenizers_model(tmp_path: Path, story_neo: Path) -> None:
+    tokenizer = tiny_checkpoint(tmp_path / "other", story_neo)
+    (tokenizer / GENERATION_CONFIG_FILE).write_text('{"do_sample": true, "max_new_tokens": 7}', encoding="utf-8")
+    config = Pretrain(out=tmp_path / "run", tokenizer=tokenizer, text=STORIES, steps=1, batch_size=1, context=16)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
+        files = {path.name for path in train(config).model.iterdir()}
+    assert "tokenizer.json" in files and GENERATION_CONFIG_FILE not in files

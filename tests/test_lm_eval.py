@@ -238,6 +238,7 @@ def test_the_command(run_gsa, tiny: Path, tasks: Path, tmp_path: Path) -> None:
     size = sum(len(text.encode()) for text in texts)
     assert found["bits_per_byte,none"] == pytest.approx(-sum(nats) / size / np.log(2), rel=1e-6)
     run_gsa(*words, "gsa-nothing").assert_refused("unknown tasks: gsa-nothing")
+    run_gsa(*words, "gsa-rolling", "--limit", 0).assert_refused("limit = 0: must be >= 1")
     missing = ["lm-eval", tiny, "--include-path", tmp_path / "nowhere", "--tasks", "gsa-choice"]
     run_gsa(*missing).assert_refused("nowhere: no such folder")
 

@@ -129,6 +129,19 @@ def report(config: GPTNeoConfig, **options):
     return found
 
 
+def test_parameters_in_float32_are_computed_with_as_they_are() -> None:
+    """However the dtype is written: the command line writes its name."""
+    config, mesh = small(), {"data": 1, "fsdp": 1, "tensor": 1}
+    objective = cross_entropy(lambda params: build_model(config, params))
+    weights = {}
+    for dtype in (jnp.float32, "float32", "bfloat16"):
+        (found,) = memory_reports(
+            config, objective, optax.adamw(1e-3), [mesh], rows=4, context=128, dtype=dtype, remat=False
+        )
+        weights[dtype] = found.weights
+    assert weights[jnp.float32] == weights["float32"] == 0 < weights["bfloat16"]
+
+
 @pytest.mark.slow
 def test_activations_are_what_the_compiler_sets_aside() -> None:
     config = small()

@@ -241,8 +241,8 @@ def saved_parameters(folder: Path, wanted: Callable[[str], bool]) -> dict[int, d
     found = {}
     for step in steps:
         path = folder.resolve() / str(step)
+        refuse_unreadable(path)
         try:
-            refuse_unreadable(path)
             with context:
                 stored = ocp.checkpointables_metadata(str(path)).metadata["state"]
                 tree = "ema." if any(name.startswith("ema.") for name in stored) else "params."

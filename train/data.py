@@ -22,7 +22,7 @@ from gsa_jax.errors import InputError
 from gsa_jax.files import new_file
 from gsa_jax.progress import Progress
 from gsa_jax.text import context_length, start_token, stream_tokens, token_dtype
-from gsa_jax.text_files import TextFiles
+from gsa_jax.text_files import TextFiles, as_text_files
 
 TOKEN_SUFFIX = ".bin"
 
@@ -80,6 +80,7 @@ def read_tokens(files: TextFiles, tokenizer: Any, config: GPTNeoConfig, *, progr
     Raises:
         InputError: the files cannot be used, or hold ids outside of the vocabulary.
     """
+    files = as_text_files(files)
     if any(path.suffix == TOKEN_SUFFIX for path in files.paths):
         return TokenStream(_token_file(files, config), str(files))
     ids = bytearray()  # grows in place, where joining parts at the end would hold all of them twice

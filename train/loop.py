@@ -36,6 +36,7 @@ from jax.sharding import Mesh
 
 from gsa_jax.checkpoint import save, travelling_files
 from gsa_jax.errors import InputError
+from gsa_jax.generation_config import GENERATION_CONFIG_FILE
 from gsa_jax.progress import Progress
 from gsa_jax.sharding import batch_share, check_mesh, make_mesh, shard_batch, shard_tensors, shardings
 from gsa_jax.text import context_length
@@ -51,7 +52,7 @@ from gsa_jax.train.program import StepProgram
 from gsa_jax.train.recipes import Start, prepare, random_tensors
 from gsa_jax.train.run_folder import MODEL_FOLDER, STEPS_FOLDER, fingerprint, open_run
 from gsa_jax.train.step import State
-from gsa_jax.train.tracking import open_tracking
+from gsa_jax.train.tracking import open_tracking, require_library
 
 _TIMED_STEPS = 20
 """Over which a speed is averaged."""
@@ -91,6 +92,8 @@ def train(
             that were complete stay.
     """
     config.check()
+    if config.track is not None:
+        require_library(config.track)
     start = prepare(config)
     mesh = _mesh(config, start)
     context = context_length(start.model, config.context)
@@ -121,18 +124,22 @@ def train(
         log = None
         if jax.process_index() == 0:
             after = run.step or -1
-            tracking = None if config.track is None else open_tracking(config.track, config.out, after, resolved)
+            tracking = None if config.track is None else open_tracking(config.track, config.out, resolved)
             log = stack.enter_context(MetricsLog(config.out, after=after, tracking=tracking))
+        scored = -1 if log is None else log.scored
+        if jax.process_count() > 1:  # an evaluation is a computation of all processes
+            scored = int(multihost_utils.broadcast_one_to_all(np.asarray(scored)))
         profile = None
         if config.profile and jax.process_index() == 0:
             profile = stack.enter_context(StepProfile(config.out / PROFILE_FOLDER))
-        finished = run.advance(log, evaluator, should_stop, profile)
+        finished = run.advance(log, evaluator, scored, should_stop, profile)
         if profile is not None:
             report({"kind": "note", "text": profile.told()})
         out = config.out / MODEL_FOLDER
         if finished and not out.exists():
-            # Without a checkpoint to start from, the tokenizer is that of another model.
-            copied = (tokenizer_files if start.stored is None else travelling_files)(start.tokenizer)
+            copied = travelling_files(start.tokenizer)
+            if start.stored is None:  # the tokenizer is that of another model, which may generate otherwise
+                copied = [file for file in tokenizer_files(start.tokenizer) if file.name != GENERATION_CONFIG_FILE]
             save(out, start.model, run.parameters(), copied=copied)
     return Outcome(run.step, "finished" if finished else "stopped", out)
 
@@ -191,10 +198,16 @@ class _Run:
         self,
         log: MetricsLog | None,
         evaluator: Evaluator,
+        scored: int,
         should_stop: Callable[[int], bool],
         profile: StepProfile | None,
     ) -> bool:
-        """Makes the steps that are left; False if it was told to stop before."""
+        """Makes the steps that are left; False if it was told to stop before.
+
+        Args:
+            scored: the last step that the log has an evaluation of; -1 if there is none. A run that is told to stop at
+                a step that is to be scored saves at once, and scores when it goes on.
+        """
         config = self._config
         speed = _Speed(config.batch_size * (self._context - 1))
 
@@ -208,7 +221,7 @@ class _Run:
             if record is not None:
                 write(record)
 
-        if self.step == 0:
+        if self._is_scored() and self.step > scored:
             evaluate()
         speed.start()
         pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -227,7 +240,7 @@ class _Run:
             pending = self.step, metrics
             last = self.step == config.steps
             stopping = should_stop(self.step) and not last
-            evaluates = last or self.step % config.eval_every == 0
+            evaluates = self._is_scored()
             if last or stopping or evaluates or self.step % config.save_every == 0:
                 # Nothing is saved or scored before it is known to be finite.
                 write(self._train_record(*pending, speed))
@@ -240,6 +253,9 @@ class _Run:
             if stopping:
                 return False
         return True
+
+    def _is_scored(self) -> bool:
+        return self.step == self._config.steps or self.step % self._config.eval_every == 0
 
     def parameters(self) -> dict[str, jax.Array]:
         """All parameters as they would be used: the moving average, where one is kept."""

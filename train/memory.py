@@ -173,7 +173,7 @@ def _bytes_on_device(mesh: Mapping[str, int], tree: Any) -> int:
 
 
 def _weights(mesh: Mapping[str, int], shapes: Shapes, dtype: jax.typing.DTypeLike, remat: bool) -> int:
-    if mesh["fsdp"] == 1 and dtype == jnp.float32:
+    if mesh["fsdp"] == 1 and jnp.dtype(dtype) == jnp.float32:
         return 0
     gathered = {**mesh, "fsdp": 1}
     blocks: dict[str, Shapes] = {}

@@ -34,6 +34,7 @@ class MetricsLog:
     def __init__(self, folder: Path, *, after: int, tracking: Tracking | None = None) -> None:
         path = folder / METRICS_FILE
         kept = [record for record in read_metrics(folder) if record["step"] <= after] if path.exists() else []
+        self.scored = max((record["step"] for record in kept if record["kind"] == "eval"), default=-1)
         self._path = path
         self._tracking = tracking
         try:

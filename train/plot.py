@@ -5,13 +5,14 @@ May be changed here: what is drawn. The numbers are those of `metrics.jsonl`.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gsa_jax.errors import InputError, first_line
-from gsa_jax.files import refuse_foreign
+from gsa_jax.files import refuse_foreign, replace_text
 from gsa_jax.train.metrics import METRICS_FILE, Record, read_metrics
 
 PLOT_FILE = "metrics.svg"
@@ -33,7 +34,7 @@ def plot_run(folder: Path) -> Path:
     """Draws a run's metrics into `metrics.svg` in its folder, anew each time.
 
     Raises:
-        InputError: there are no metrics, or matplotlib is not installed.
+        InputError: there are no metrics, matplotlib is not installed, or the file cannot be written.
     """
     figure_class = require_matplotlib()
     refuse_foreign(folder, [PLOT_FILE])  # which is written, wherever a link leads
@@ -49,9 +50,14 @@ def plot_run(folder: Path) -> Path:
         _draw_loss(panels[0], trained)
         if scored:
             _draw_arms(panels[1], scored)
-        figure.savefig(out, metadata={"Date": None})
+        drawing = io.StringIO()
+        figure.savefig(drawing, format="svg", metadata={"Date": None})
     except (KeyError, TypeError, ValueError) as error:  # no such field, no number, no finite one
         raise InputError(f"{folder / METRICS_FILE}: not to be drawn ({first_line(error)})") from None
+    try:
+        replace_text(out, drawing.getvalue())
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
     return out
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def open_run(
     problem, notes = None, ()
     if jax.process_index() == 0:
         try:
-            refuse_foreign(config.out)  # a run writes into it as well
+            refuse_foreign(config.out, _own_names(config.out))  # a run writes into it as well
             if path.exists():
                 notes = _go_on(path, resolved)
             else:
@@ -82,6 +83,13 @@ def open_run(
     if problem is not None:
         raise InputError(problem)
     return resolved, notes
+
+
+def _own_names(folder: Path) -> list[str]:
+    """Of what is in a run, but for wandb's folder: it has links to logs elsewhere, and nothing here reads it."""
+    if not os.path.isdir(folder):
+        return ["."]
+    return [x.name for x in folder.iterdir() if x.name != "wandb" or x.is_symlink()]
 
 
 def _make(path: Path, resolved: dict[str, Any]) -> None:

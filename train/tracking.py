@@ -62,30 +62,39 @@ class Tracking(abc.ABC):
         """Waits until everything is written."""
 
 
-def open_tracking(library: Tracker, folder: Path, after: int, settings: Mapping[str, Any]) -> Tracking:
+def require_library(library: Tracker) -> Any:
+    """The library's module. Raises `InputError` if it is not installed."""
+    package, pip = ("tensorboardX", "'gsa-jax[track]'") if library == "tensorboard" else (library, library)
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise InputError(f"--track needs {package}; pip install {pip}") from None
+
+
+def open_tracking(library: Tracker, folder: Path, settings: Mapping[str, Any]) -> Tracking:
     """What `gsa train --track` asks for.
 
     Args:
         folder: of the run.
-        after: the step that the run goes on from, -1 if it begins.
         settings: of the run, for the library to show.
 
     Raises:
         InputError: the library is not installed, or does not take the run.
     """
     if library == "tensorboard":
-        return _TensorBoard(folder, after)
+        return _TensorBoard(folder)
     return _RunOfALibrary(library, folder, settings)
 
 
 class _TensorBoard(Tracking):
-    """Event files; TensorBoard is told to forget the events of steps that will come again."""
+    """Event files. Which records a kill kept from them cannot be known, so TensorBoard is told to forget them all, and
+    a run that goes on gives every one again."""
 
-    def __init__(self, folder: Path, after: int) -> None:
-        writer = _import("tensorboardX", "'gsa-jax[track]'").SummaryWriter
-        events = folder / EVENTS_FOLDER
-        super().__init__((after, True) if events.is_dir() else (-1, True))
-        self._writer = writer(str(events), purge_step=after + 1 if events.is_dir() else None)
+    def __init__(self, folder: Path) -> None:
+        super().__init__((-1, True))
+        self._writer = require_library("tensorboard").SummaryWriter(str(folder / EVENTS_FOLDER), purge_step=0)
 
     def _give(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
@@ -98,8 +107,8 @@ class _TensorBoard(Tracking):
 class _RunOfALibrary(Tracking):
     """A run of Trackio or of Weights & Biases, which forget nothing: what they have, they are not given again."""
 
-    def __init__(self, library: str, folder: Path, settings: Mapping[str, Any]) -> None:
-        module = _import(library, library)
+    def __init__(self, library: Tracker, folder: Path, settings: Mapping[str, Any]) -> None:
+        module = require_library(library)
         self._file, self._library = folder / TRACKED_FILE, library
         self._tracked = _read(self._file)
         known = self._tracked.setdefault(library, {"run": uuid.uuid4().hex[:8], "last": [-1, True]})
@@ -147,12 +156,3 @@ def _is_known(of_library: Any) -> bool:
         case {"run": str(), "last": [int(), bool()]}:
             return True
     return False
-
-
-def _import(package: str, pip: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package:
-            raise
-        raise InputError(f"--track needs {package}; pip install {pip}") from None

@@ -82,7 +82,9 @@ class SplatCommand(Command):
         if base is not None:
             return dataclasses.replace(base, **given)
         if given and self.num_splats is None:
-            raise InputError(f"--{next(iter(given))}: how many splats? Give --num-splats or --preset as well")
+            first = next(iter(given))
+            option = "terms" if first in self.terms else first.replace("_", "-")
+            raise InputError(f"--{option}: how many splats? Give --num-splats or --preset as well")
         return SplatConfig(**given) if given else None
 
 

@@ -6,7 +6,6 @@ May be changed here: its options and what it prints.
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,6 +89,8 @@ class Eval(TextCommand):
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:
+    from gsa_jax.evaluation.intervals import perplexity
+
     splats = evaluation.splats
     layers = ", ".join(map(str, evaluation.layers))
     has = "without splats" if splats is None else f"{describe(splats)} in layers {layers}"
@@ -115,7 +116,7 @@ def _print_evaluation(evaluation: Evaluation) -> None:
             [
                 f"{bucket.first}-{bucket.last}",
                 f"{bucket.tokens:,}",
-                f"{math.exp(bucket.cross_entropy['exact'].value):.3f}",
+                f"{perplexity(bucket.cross_entropy['exact'].value):.3f}",
                 *(f"{bucket.perplexity_ratio[name].value:.4f}" for name in names[1:]),
             ]
             for bucket in evaluation.buckets

@@ -32,7 +32,7 @@ class LmEval(Command):
     batch_size: int = 8
     """Requests that run together."""
     window: int | Literal["all"] | None = None
-    """Tokens that splat layers see exactly: a number, 0 for splats alone, or `all`. By default the checkpoint's."""
+    """Tokens that splat layers see exactly: a number, 0 for none, or `all`. By default the checkpoint's."""
     kept: int | None = None
     """Keys beyond the window that each head of a splat layer sees exactly. By default the checkpoint's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -49,6 +49,8 @@ class LmEval(Command):
             raise InputError("gsa lm-eval needs lm-evaluation-harness; pip install 'gsa-jax[lm-eval]'") from None
         from gsa_jax.lm_eval import GaussianSplatLM
 
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"limit = {self.limit}: must be >= 1")
         if self.include_path is not None and not self.include_path.is_dir():
             raise InputError(f"{self.include_path}: no such folder; --include-path names one with tasks as YAML")
         manager = TaskManager(include_path=None if self.include_path is None else str(self.include_path))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -195,8 +194,10 @@ def _display(steps: int) -> Iterator[tuple[Callable[[Record], None], Progress]]:
 def _told(record: Record) -> str:
     if record["kind"] == "note":
         return record["text"]
+    from gsa_jax.evaluation.intervals import perplexity
+
     arms = [name.removeprefix("cross_entropy/") for name in record if name.startswith("cross_entropy/")]
-    exact = math.exp(record["cross_entropy/exact"])
+    exact = perplexity(record["cross_entropy/exact"])
     ratios = [f"{arm} {record[f'perplexity_ratio/{arm}']:.4f}" for arm in arms if arm != "exact"]
     gap = [f"gap closed {record['gap_closed']:.1%}"] if "gap_closed" in record else []
     return f"step {record['step']:,}: " + ", ".join([f"exact perplexity {exact:.3f}", *ratios, *gap])

@@ -40,6 +40,12 @@ class Estimate:
         return f"{shown} [{low:z.{digits}f}, {high:z.{digits}f}]"
 
 
+def perplexity(nats: float) -> float:
+    """Of a cross-entropy in nats per token; infinite where no float holds it."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(nats))
+
+
 @dataclasses.dataclass(frozen=True)
 class Sums:
     """Sums over each of the D documents, in K position buckets.

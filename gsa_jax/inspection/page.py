@@ -22,6 +22,7 @@ from gsa_jax.config import GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.evaluation.intervals import Estimate
 from gsa_jax.evaluation.perplexity import Evaluation
+from gsa_jax.hf_fields import DONORS
 from gsa_jax.inspection import head_charts, model_charts, packing, style
 from gsa_jax.inspection.measuring import HeadPicture, Inspection, TokenLosses
 
@@ -91,6 +92,7 @@ def _render(found: Inspection, heads: tuple[HeadPicture, ...], packed: list[dict
     return environment.from_string(template).render(
         version=importlib.metadata.version("gsa-jax"),
         found=found,
+        title=DONORS[found.config.donor].title,
         evaluation=found.evaluation,
         heads=heads,
         splats=_splats(found.config),

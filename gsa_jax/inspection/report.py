@@ -62,6 +62,8 @@ def inspect(
     for path in (out, figures):
         if path is not None:
             refuse_existing(path)
+    if figures is not None and figures.absolute() in (out.absolute(), *out.absolute().parents):
+        raise InputError(f"{out}: lies in {figures}, which is to be made for the figures; give it another place")
     text = told_stories() if text is None else text
     with new_file(out) as staging, _folder_or_none(figures) as drawn:
         found = measure(folder, text, compare=compare, window=window, kept=kept, progress=progress)

@@ -202,6 +202,7 @@ def test_a_bad_source(run_gsa, tmp_path, make):
     [
         (tiny_tensors, ["--num-splats", "0"], ["num_splats = 0", "attach one splat at least"]),
         (tiny_tensors, ["--num-splats", "-3"], ["num_splats = -3", ">= 0"]),
+        (tiny_tensors, ["--terms", "norm_gain"], ["--terms: how many splats? Give --num-splats or --preset"]),
         (
             lambda: tiny_tensors() | splat_tensors(GSA),
             ["--num-splats", "2"],
@@ -213,7 +214,7 @@ def test_a_bad_source(run_gsa, tmp_path, make):
             ["model.safetensors", f"{C_FC} [128, 32]", "after narrowing to float16", "--allow-nonfinite"],
         ),
     ],
-    ids=["no splats", "negative splats", "splats already", "overflow"],
+    ids=["no splats", "negative splats", "terms of no splats", "splats already", "overflow"],
 )
 def test_a_bad_option(run_gsa, tmp_path, tensors, options, words):
     source = write_folder(tmp_path / "source", tensors())

@@ -38,6 +38,9 @@ def test_bad_input(tiny: Path, story_neo: Path, tmp_path: Path, run_gsa: Callabl
     run_gsa("inspect", tiny, "--out", out, "--compare", plain).assert_refused(plain, "cannot be compared")
     run_gsa("inspect", tiny, "--out", there, "--text", STORIES).assert_refused(there, "exists already")
     run_gsa("inspect", tiny, "--out", out, "--figures", tmp_path).assert_refused(tmp_path, "exists already")
+    run_gsa("inspect", tiny, "--out", out, "--figures", out).assert_refused(out, "is to be made for the figures")
+    inside = tmp_path / "new" / "report.html"
+    run_gsa("inspect", tiny, "--out", inside, "--figures", tmp_path / "new").assert_refused(inside, "another place")
     assert set(tmp_path.iterdir()) == before
     assert there.read_text() == "mine"
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gsa_jax import SplatConfig
+from gsa_jax.cli.training import _told
 from helpers.texts import STORIES
 from helpers.tiny_checkpoints import tiny_checkpoint
 
@@ -33,6 +34,9 @@ BAD_OPTIONS = {
     "short text": (("--context", 30, "--text", "short"), "are less than a row of 30"),
     "empty text": (("--text", "empty"), "no text in it"),
     "no text": (("--text", "missing"), "no such file"),
+    "no name of a text": (("--text",), "no text given; name at least one file"),
+    "a name that is too long": (("--text", "x" * 300), "cannot be read (File name too long)"),
+    "no tracker": (("--track", "trackio"), "--track needs trackio; pip install trackio"),
     "vocabulary": (("--text", "foreign.bin"), "token id 1024 is outside of the vocabulary of 1024"),
     "odd file": (("--text", "odd.bin"), "3 bytes are not uint16 token ids"),
     "eval text": (("--eval-text", "missing"), "no such file"),
@@ -81,6 +85,10 @@ def test_tokenize(tmp_path, run_gsa, tiny, out, words):
     (tmp_path / "there.bin").touch()
     run_gsa("tokenize", tiny, STORIES, tmp_path / out).assert_refused(words)
     assert [path.name for path in tmp_path.iterdir()] == ["there.bin"]
+
+
+def test_a_loss_beyond_what_a_float_holds_is_shown():
+    assert _told({"kind": "eval", "step": 3, "cross_entropy/exact": 800.0}) == "step 3: exact perplexity inf"
 
 
 def test_a_dry_run_shows_memory_and_writes_nothing(tmp_path, run_gsa, tiny):

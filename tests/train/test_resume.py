@@ -3,6 +3,7 @@
 May be changed here: how runs are interrupted. The oracle is the same run without an interruption.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -21,6 +22,7 @@ from gsa_jax import SplatConfig
 from gsa_jax.checkpoint import load_tensors
 from gsa_jax.errors import InputError
 from gsa_jax.text_files import DOCUMENT_SEPARATOR
+from gsa_jax.train import loop
 from gsa_jax.train.config import Distill, Finetune, OptimizerConfig, Pretrain, TrainConfig
 from gsa_jax.train.loop import train
 from gsa_jax.train.metrics import Record, read_metrics
@@ -125,6 +127,15 @@ def stopped_after(config: TrainConfig, step: int) -> None:
 
     with pytest.raises(_Stop):
         train(config, report=report)
+
+
+def test_told_to_stop_at_a_step_that_is_scored(tmp_path, config, whole, monkeypatch):
+    """It is scored when the run goes on, and once."""
+    stopped = dataclasses.replace(config, out=tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "_termination", lambda: contextlib.nullcontext(lambda step: step == 50))
+        assert (train(stopped).step, train(stopped).step) == (50, STEPS)
+    assert_same(results(stopped), whole)
 
 
 @pytest.mark.parametrize("recipe", ["pretrain", "distill"])

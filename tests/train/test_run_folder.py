@@ -5,6 +5,7 @@ May be changed here: what may differ. What a run computes when it goes on is tes
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -67,6 +68,20 @@ def test_more_steps_go_on_and_fewer_do_not(begun: Finetune) -> None:
     assert not (begun.out / "model").exists() and (begun.out / "model-10" / "config.json").read_text() == "{}"
     assert open_run(longer, MODEL, CONTENT)[1] == ()
     assert "steps was 2000 and is 10" in refused(begun)
+
+
+def test_links_of_weights_and_biases_do_not_keep_a_run_from_going_on(begun: Finetune, tmp_path: Path) -> None:
+    """Its own folder has some that lead to logs elsewhere; no other link is taken, and the folder may not be one."""
+    (tmp_path / "elsewhere").mkdir()
+    (begun.out / "wandb" / "run-1" / "logs").mkdir(parents=True)
+    (begun.out / "wandb" / "run-1" / "logs" / "debug-core.log").symlink_to(tmp_path / "elsewhere")
+    assert open_run(begun, MODEL, CONTENT)[1] == ()
+    (begun.out / "steps").symlink_to(tmp_path / "elsewhere")
+    assert "is a link that leads out of its folder" in refused(begun)
+    (begun.out / "steps").unlink()
+    shutil.rmtree(begun.out / "wandb")
+    (begun.out / "wandb").symlink_to(tmp_path / "elsewhere")
+    assert "is a link that leads out of its folder" in refused(begun)
 
 
 def test_a_model_is_never_overwritten(begun: Finetune) -> None:

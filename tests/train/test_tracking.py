@@ -49,7 +49,7 @@ def expected(last: int) -> Numbers:
 
 
 def part_of_a_run(folder: Path, library: str | None, *, after: int, last: int) -> None:
-    tracking = None if library is None else open_tracking(library, folder, after, SETTINGS)
+    tracking = None if library is None else open_tracking(library, folder, SETTINGS)
     with MetricsLog(folder, after=after, tracking=tracking) as log:
         for record in records(after + 1, last):
             log.write(record)
@@ -82,7 +82,14 @@ def in_tensorboard(folder: Path) -> Numbers:
     return found
 
 
-@RUNS
+def tracked_now_and_then(folder: Path, library: str) -> None:
+    part_of_a_run(folder, library, after=-1, last=3)
+    part_of_a_run(folder, None, after=3, last=7)
+    time.sleep(1.1)
+    part_of_a_run(folder, library, after=7, last=9)
+
+
+@pytest.mark.parametrize("run", [killed_twice, tracked_later, tracked_now_and_then], ids=lambda run: run.__name__)
 def test_tensorboard_has_each_number_once(tmp_path, run):
     run(tmp_path, "tensorboard")
     assert in_tensorboard(tmp_path) == expected(9)
@@ -173,7 +180,7 @@ def test_a_library_that_is_not_installed_is_one_line_and_the_records_stay(tmp_pa
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setattr(sys, "meta_path", [x for x in sys.meta_path if getattr(x, "__name__", "") == "PathFinder"])
     with pytest.raises(InputError, match=rf"^[^\n]*needs {package}; pip install {pip}$"):
-        open_tracking(library, tmp_path, 0, SETTINGS)
+        open_tracking(library, tmp_path, SETTINGS)
     assert read_metrics(tmp_path) == records(0, 2)
 
 
@@ -181,4 +188,4 @@ def test_a_library_that_is_not_installed_is_one_line_and_the_records_stay(tmp_pa
 def test_a_damaged_note_is_one_line(tmp_path, trackio, note):
     (tmp_path / TRACKED_FILE).write_text(note)
     with pytest.raises(InputError, match=rf"^[^\n]*{TRACKED_FILE}: [^\n]*; remove it to begin a new run there$"):
-        open_tracking("trackio", tmp_path, 0, SETTINGS)
+        open_tracking("trackio", tmp_path, SETTINGS)
