@@ -52,8 +52,6 @@ _NUMBERS = 1000
 
 _SENTENCE_ENDS = re.compile(r"""(?<=[.!?])(?=\s)|(?<=[.!?]["'\u201d\u2019])(?=\s)""")
 
-_SEED = 0
-
 
 @dataclasses.dataclass(frozen=True)
 class PasskeyScore:
@@ -213,8 +211,10 @@ def evaluate_passkey(
     )
 
 
-def make_items(documents: list[str], tokenizer: Tokenizer, config: GPTNeoConfig, length: int, count: int) -> Items:
-    """Draws `count` items of `length` tokens, start token and key included; the same ones each time.
+def make_items(
+    documents: list[str], tokenizer: Tokenizer, config: GPTNeoConfig, length: int, count: int, seed: int = 0
+) -> Items:
+    """Draws `count` items of `length` tokens, start token and key included; a seed always draws the same ones.
 
     The text is cut out of the documents somewhere, so that it ends with a sentence. The depth of the key is uniform,
     but for moving to the end of the sentence before.
@@ -223,7 +223,7 @@ def make_items(documents: list[str], tokenizer: Tokenizer, config: GPTNeoConfig,
         InputError: the length has no room for the sentences, the documents are too short for it, or `document_tokens`
             finds something wrong.
     """
-    draws = np.random.default_rng(_SEED)
+    draws = np.random.default_rng(seed)
     sentences = document_tokens(_SENTENCE_ENDS.split("\n\n".join(documents)), tokenizer, config)
     start = sentences[0][0]
     filler = np.array([token for sentence in sentences for token in sentence[1:]])
