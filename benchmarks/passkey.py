@@ -78,17 +78,23 @@ def main() -> None:
 
 
 def write_lesson(text: Path, out: Path, context: int, count: int) -> None:
-    """Rows that each hold a number, the question for it and the answer, as token ids; and the same as text.
+    """Rows that each hold a number, the question for it and the answer, as token ids; and some of them as text.
 
-    With the start token of the next one, each fills a row of `context` tokens, as `gsa train` cuts them.
+    As `gsa train` cuts rows, each begins with the last token of the one before. In half of them, part of what comes
+    before the number is a document of its own behind the answer, so that answers stand at many positions.
     """
     model, tokenizer = read_config(MODEL / "config.json"), open_tokenizer(MODEL)
-    items = make_items(read_documents(text), tokenizer, model, context - 1, count, seed=context)
-    rows = np.concatenate([items.prompts, items.keys[np.arange(count), items.told]], axis=1)
-    ids = np.append(rows.ravel(), model.bos_token_id)
-    ids.astype(TOKEN_DTYPE).tofile(out.with_suffix(TOKEN_SUFFIX))
-    texts = [tokenizer.decode(row[1:].tolist()) for row in rows[:200]]
-    out.with_suffix(".txt").write_text(DOCUMENT_SEPARATOR.join(texts), encoding="utf-8")
+    items = make_items(read_documents(text), tokenizer, model, context, count, seed=context)
+    draws, start, rows = np.random.default_rng(context), model.bos_token_id, []
+    for prompt, key, depth in zip(items.prompts, items.keys[np.arange(count), items.told], items.depth, strict=True):
+        row = np.concatenate([prompt, key])[1:]
+        if depth > 3 and draws.random() < 0.5:
+            cut = draws.integers(2, depth)
+            row = np.concatenate([row[cut:], [start], row[: cut - 2], [start]])
+        rows.append(row)
+    np.concatenate([[start], *rows]).astype(TOKEN_DTYPE).tofile(out.with_suffix(TOKEN_SUFFIX))
+    texts = DOCUMENT_SEPARATOR.join(tokenizer.decode(prompt[1:].tolist()) for prompt in items.prompts[:200])
+    out.with_suffix(".txt").write_text(texts, encoding="utf-8")
 
 
 if __name__ == "__main__":
