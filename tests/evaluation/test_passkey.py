@@ -37,9 +37,9 @@ def passkey(checkpoint: Path) -> Passkey:
     return evaluate_passkey(checkpoint, TOLD, context=CONTEXT, items=CANDIDATES)
 
 
-def items_of(checkpoint: Path, length: int, count: int) -> Items:
+def items_of(checkpoint: Path, length: int, count: int, seed: int = 0) -> Items:
     config, _ = load_tensors(checkpoint)
-    return make_items(read_documents(TOLD), load_tokenizer(checkpoint), config, length, count)
+    return make_items(read_documents(TOLD), load_tokenizer(checkpoint), config, length, count, seed)
 
 
 def test_a_number_is_hidden_in_the_text_and_asked_for(checkpoint: Path) -> None:
@@ -63,9 +63,14 @@ def test_a_number_is_hidden_in_the_text_and_asked_for(checkpoint: Path) -> None:
     assert (np.sort(items.told.reshape(-1, CANDIDATES)) == np.arange(CANDIDATES)).all(), "each key is told once"
 
 
-def test_depths_are_spread_evenly_and_items_are_always_the_same(checkpoint: Path) -> None:
+def test_depths_are_spread_evenly_and_items_of_a_seed_are_always_the_same(checkpoint: Path) -> None:
     items, again = items_of(checkpoint, 1000, 200), items_of(checkpoint, 1000, 200)
     assert all(np.array_equal(getattr(items, field), getattr(again, field)) for field in ("prompts", "keys", "depth"))
+    numbers, others = (
+        {key.tobytes() for key in of_seed.reshape(-1, of_seed.shape[-1])}
+        for of_seed in (items.keys, items_of(checkpoint, 1000, 200, seed=1).keys)
+    )
+    assert len(numbers & others) < 10, "the model may be taught with those of another seed"
     quarters = np.histogram(items.depth, bins=4, range=(0, items.prompts.shape[1]))[0]
     assert quarters.min() > 30 and quarters.sum() == 200, "50 are expected in each, 6 is the standard deviation"
 
