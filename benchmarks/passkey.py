@@ -68,6 +68,8 @@ def main() -> None:
         write_lesson(given.text, lesson, context, texts, rows * steps)
         options = f"--text {lesson}.bin --context {context} --batch-size {rows} --steps {steps} {training}"
         model = train(given.out / f"taught-{context}", f"finetune {model}", options)
+    again = f"--text {lesson}.bin --batch-size 2 --steps 600 --seed 1 {LONGER}"  # the longest lesson, in another order
+    model = train(given.out / "taught-again", f"finetune {model}", again)
     results = {}
     for name, options in FITS.items():
         folder = given.out / re.sub(r"\W+", "-", name)
