@@ -24,7 +24,7 @@ from quality import MODEL, make, train
 
 from gsa_jax.config import read_config
 from gsa_jax.evaluation.passkey import CANDIDATES, make_items
-from gsa_jax.text import read_documents
+from gsa_jax.text import read_documents, start_token
 from gsa_jax.text_files import DOCUMENT_SEPARATOR
 from gsa_jax.tokenizer_folder import open_tokenizer
 from gsa_jax.train.data import TOKEN_DTYPE, TOKEN_SUFFIX
@@ -90,7 +90,7 @@ def write_lesson(text: Path, out: Path, context: int, texts: tuple[int, ...], co
     positions.
     """
     model, tokenizer, documents = read_config(MODEL / "config.json"), open_tokenizer(MODEL), read_documents(text)
-    draws, start = np.random.default_rng(context), model.bos_token_id
+    draws, start = np.random.default_rng(context), start_token(model)
     rows, decoded = [], []
     for number in texts:
         needed = -(-count * number // len(texts) // CANDIDATES) * CANDIDATES
