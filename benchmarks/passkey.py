@@ -23,7 +23,7 @@ import numpy as np
 from quality import MODEL, make, train
 
 from gsa_jax.config import read_config
-from gsa_jax.evaluation.passkey import CANDIDATES, make_items
+from gsa_jax.evaluation.passkey import QUESTION, REMEMBER, make_items
 from gsa_jax.text import read_documents, start_token
 from gsa_jax.text_files import DOCUMENT_SEPARATOR
 from gsa_jax.tokenizer_folder import open_tokenizer
@@ -33,17 +33,14 @@ RESULTS = Path(__file__).parent / "results" / "passkey.json"
 TEACH = "--optimizer.warmup-steps 20 --optimizer.learning-rate 1e-3"
 LONGER = "--optimizer.warmup-steps 20 --optimizer.learning-rate 5e-4"
 LESSONS = (
-    (64, (1,), 32, 600, TEACH),
-    (128, (1,), 16, 400, TEACH),
-    (256, (1,), 8, 400, TEACH),
-    (512, (1,), 4, 800, TEACH),
-    (1024, (1, 2), 2, 400, f"{LONGER} --max-positions 2048 --position-extension interpolate"),
-    (2048, (1, 2, 4), 2, 800, LONGER),
+    (64, 32, 600, TEACH),
+    (128, 16, 400, TEACH),
+    (256, 8, 400, TEACH),
+    (512, 4, 800, TEACH),
+    (1024, 2, 600, f"{LONGER} --max-positions 2048 --position-extension interpolate"),
+    (2048, 2, 1600, LONGER),
 )
-"""Tokens of a row; texts of a row, as many rows of each kind; rows of a step; steps; and the training.
-
-With long texts alone, the model would forget how to answer in shorter ones.
-"""
+"""Tokens of a row, rows of a step, steps, and the training."""
 DISTILL = "--steps 400 --batch-size 2 --optimizer.warmup-steps 20 --optimizer.splat-learning-rate 0.02"
 FITS = {
     "S = 64, W = 64": "--num-splats 64 --window 64 --kept 0 --importance norm",
@@ -63,13 +60,11 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     model, lesson = given.out / "plain", given.out
     make(model, f"convert {MODEL} {model}")
-    for context, texts, rows, steps, training in LESSONS:
+    for context, rows, steps, training in LESSONS:
         lesson = given.out / f"told-{context}"
-        write_lesson(given.text, lesson, context, texts, rows * steps)
+        write_lesson(given.text, lesson, context, rows * steps)
         options = f"--text {lesson}.bin --context {context} --batch-size {rows} --steps {steps} {training}"
         model = train(given.out / f"taught-{context}", f"finetune {model}", options)
-    again = f"--text {lesson}.bin --batch-size 2 --steps 600 --seed 1 {LONGER}"  # the longest lesson, in another order
-    model = train(given.out / "taught-again", f"finetune {model}", again)
     results = {}
     for name, options in FITS.items():
         folder = given.out / re.sub(r"\W+", "-", name)
@@ -82,28 +77,30 @@ def main() -> None:
         RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
-def write_lesson(text: Path, out: Path, context: int, texts: tuple[int, ...], count: int) -> None:
-    """Rows of texts that each hold a number, the question for it and the answer, as token ids; some also as text.
+def write_lesson(text: Path, out: Path, context: int, count: int) -> None:
+    """Rows that each hold a number, the question for it and the answer, as token ids; and some of them as text.
 
-    As `gsa train` cuts rows, each begins with the last token of the one before. Where a row is one text, half of them
-    have part of what comes before the number as a document of its own behind the answer, so that answers stand at many
-    positions.
+    In three of four rows, some of the text between is left out, and follows as a document of its own: answers of which
+    each stood at the end of its row would be learned by their position, and not in a row that is shorter by one. As
+    `gsa train` cuts rows, each begins with the last token of the one before.
     """
     model, tokenizer, documents = read_config(MODEL / "config.json"), open_tokenizer(MODEL), read_documents(text)
-    draws, start = np.random.default_rng(context), start_token(model)
-    rows, decoded = [], []
-    for number in texts:
-        needed = -(-count * number // len(texts) // CANDIDATES) * CANDIDATES
-        items = make_items(documents, tokenizer, model, context // number, needed, seed=context + number - 1)
-        told = np.concatenate([items.prompts, items.keys[np.arange(needed), items.told]], axis=1)
-        decoded += [tokenizer.decode(row[1:].tolist()) for row in items.prompts[: 200 // len(texts)]]
-        for row, depth in zip(told.reshape(needed // number, -1)[:, 1:], items.depth[::number], strict=True):
-            if number == 1 and depth > 3 and draws.random() < 0.5:
-                cut = draws.integers(2, depth)
-                row = np.concatenate([row[cut:], [start], row[: cut - 2], [start]])
-            rows.append(row)
-    np.concatenate([[start], *rows]).astype(TOKEN_DTYPE).tofile(out.with_suffix(TOKEN_SUFFIX))
-    out.with_suffix(".txt").write_text(DOCUMENT_SEPARATOR.join(decoded), encoding="utf-8")
+    items = make_items(documents, tokenizer, model, context, count, seed=context)
+    draws, start = np.random.default_rng(context), [start_token(model)]
+    asked, remember = (len(tokenizer.encode(words)) for words in (QUESTION, REMEMBER))
+    rows = [start]
+    for prompt, key, depth in zip(items.prompts, items.keys[np.arange(count), items.told], items.depth, strict=True):
+        until = depth + asked + len(key) + remember
+        before, told, after = prompt[1:depth], prompt[depth:until], prompt[until:-asked]
+        without = 0 if draws.random() < 0.25 else int(draws.uniform(0, 0.8) * (len(before) + len(after)))
+        first = int(draws.integers(max(without - len(after), 0), min(without, len(before)) + 1))
+        second = without - first
+        rows += [before[first:], told, after[second:], prompt[-asked:], key]
+        left_out = np.concatenate([before[:first], after[:second]])
+        rows += [start, left_out[1:]] if without else []
+    np.concatenate(rows).astype(TOKEN_DTYPE).tofile(out.with_suffix(TOKEN_SUFFIX))
+    texts = DOCUMENT_SEPARATOR.join(tokenizer.decode(prompt[1:].tolist()) for prompt in items.prompts[:200])
+    out.with_suffix(".txt").write_text(texts, encoding="utf-8")
 
 
 if __name__ == "__main__":
