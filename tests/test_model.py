@@ -362,7 +362,7 @@ def test_what_is_no_token_id_is_an_error() -> None:
         with pytest.raises(InputError, match=f"row 1 has a token with token id {wrong}, the model has {VOCAB}"):
             model(np.array([[1, 2], [3, wrong]]))
     for wrong in (np.zeros(3, int), np.zeros((1, 3)), np.zeros((1, 2, 3), int)):
-        with pytest.raises(InputError, match=r"input_ids (is|has) "):
+        with pytest.raises(InputError, match="input_ids is "):
             model(wrong)
     with pytest.raises(InputError, match=f"input_ids holds {2**32 + 1}, which 32 bits cannot"):
         model(np.array([[1, 2**32 + 1]]))

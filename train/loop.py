@@ -137,8 +137,9 @@ def train(
             report({"kind": "note", "text": profile.told()})
         out = config.out / MODEL_FOLDER
         if finished and not out.exists():
-            copied = travelling_files(start.tokenizer)
-            if start.stored is None:  # the tokenizer is that of another model, which may generate otherwise
+            if start.stored is not None:
+                copied = travelling_files(start.tokenizer)
+            else:  # the tokenizer is that of another model, which may generate otherwise
                 copied = [file for file in tokenizer_files(start.tokenizer) if file.name != GENERATION_CONFIG_FILE]
             save(out, start.model, run.parameters(), copied=copied)
     return Outcome(run.step, "finished" if finished else "stopped", out)
