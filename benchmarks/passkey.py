@@ -33,16 +33,18 @@ RESULTS = Path(__file__).parent / "results" / "passkey.json"
 TEACH = "--optimizer.warmup-steps 20 --optimizer.learning-rate 1e-3"
 LONGER = "--optimizer.warmup-steps 20 --optimizer.learning-rate 5e-4"
 LESSONS = (
-    (128, 16, 700, TEACH),
-    (256, 8, 300, TEACH),
-    (512, 4, 700, TEACH),
-    (1024, 2, 600, f"{TEACH} --max-positions 2048 --position-extension tile"),
-    (2048, 2, 1600, LONGER),
+    (128, 16, 700, 0.1, TEACH),
+    (256, 8, 300, 0.1, TEACH),
+    (512, 4, 700, 0.1, TEACH),
+    (1024, 2, 600, 0.1, f"{TEACH} --max-positions 2048 --position-extension tile"),
+    (2048, 2, 1600, 0.1, LONGER),
+    (2048, 2, 800, 0, LONGER),
 )
-"""Tokens of a row, rows of a step, steps, and the training.
+"""Tokens of a row, rows of a step, steps, share of the texts that end where their row ends, and the training.
 
 Positions are tiled: what was learned of the first 512 holds in the next from the start, while interpolated ones are new
-everywhere.
+everywhere. The last lesson is for answers that end shortly before the row does: with one text in ten at the very end,
+the model said 88 % there and 8 % eight tokens before it.
 """
 SHORTEST = 40
 """Tokens of a text with a number in a lesson."""
@@ -65,11 +67,11 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     model, lesson = given.out / "plain", given.out
     make(model, f"convert {MODEL} {model}")
-    for context, rows, steps, training in LESSONS:
-        lesson = given.out / f"told-{context}"
-        write_lesson(given.text, lesson, context, rows * steps)
+    for number, (context, rows, steps, whole, training) in enumerate(LESSONS, 1):
+        lesson = given.out / f"told-{number}"
+        write_lesson(given.text, lesson, context, rows * steps, whole)
         options = f"--text {lesson}.bin --context {context} --batch-size {rows} --steps {steps} {training}"
-        model = train(given.out / f"taught-{context}", f"finetune {model}", options)
+        model = train(given.out / f"taught-{number}", f"finetune {model}", options)
     results = {}
     for name, options in FITS.items():
         folder = given.out / re.sub(r"\W+", "-", name)
@@ -82,7 +84,7 @@ def main() -> None:
         RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
-def write_lesson(text: Path, out: Path, context: int, count: int) -> None:
+def write_lesson(text: Path, out: Path, context: int, count: int, whole: float) -> None:
     """Rows of texts that each hold a number, the question for it and the answer, as token ids; some also as text.
 
     Texts have all lengths, and the last of a row is cut off where the row ends: answers that all stood at the end of
@@ -92,7 +94,7 @@ def write_lesson(text: Path, out: Path, context: int, count: int) -> None:
     model, tokenizer, documents = read_config(MODEL / "config.json"), open_tokenizer(MODEL), read_documents(text)
     draws, start = np.random.default_rng(context), start_token(model)
     asked, remember = (len(tokenizer.encode(words)) for words in (QUESTION, REMEMBER))
-    starts, lengths = np.concatenate([_texts(draws, context) for _ in range(count)]).T
+    starts, lengths = np.concatenate([_texts(draws, context, whole) for _ in range(count)]).T
     items = make_items(documents, tokenizer, model, context, len(lengths), seed=context)
     answers = items.keys[np.arange(len(lengths)), items.told]
     parts = []
@@ -110,12 +112,12 @@ def write_lesson(text: Path, out: Path, context: int, count: int) -> None:
     out.with_suffix(".txt").write_text(texts, encoding="utf-8")
 
 
-def _texts(draws: np.random.Generator, context: int) -> list[tuple[int, int]]:
+def _texts(draws: np.random.Generator, context: int, whole: float) -> list[tuple[int, int]]:
     """Where each text of a row starts, and its tokens."""
     texts, start = [], 0
     while start < context:
         left = context - start
-        length = left if left < SHORTEST or draws.random() < 0.1 else int(draws.integers(SHORTEST, left + 1))
+        length = left if left < SHORTEST or draws.random() < whole else int(draws.integers(SHORTEST, left + 1))
         texts.append((start, length))
         start += length
     return texts
