@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from quality import MODEL, make, train
 
+from gsa_jax.attention import state_bytes
 from gsa_jax.config import read_config
 from gsa_jax.evaluation.passkey import QUESTION, REMEMBER, make_items
 from gsa_jax.text import read_documents, start_token
@@ -53,6 +54,7 @@ FITS = {
     "S = 64, W = 64": "--num-splats 64 --window 64 --kept 0 --importance norm",
     "S = 64, W = 64, M = 8": "--num-splats 64 --window 64 --kept 8 --importance learned",
     "S = 64, W = 64, M = 32": "--num-splats 64 --window 64 --kept 32 --importance learned",
+    "S = 32, W = 64, M = 64": "--num-splats 32 --window 64 --kept 64 --importance learned",
     "S = 64, W = 64, M = 32, by norm": "--num-splats 64 --window 64 --kept 32 --importance norm",
 }
 
@@ -68,10 +70,11 @@ def main() -> None:
     model, lesson = given.out / "plain", given.out
     make(model, f"convert {MODEL} {model}")
     for number, (context, rows, steps, whole, training) in enumerate(LESSONS, 1):
-        lesson = given.out / f"told-{number}"
-        write_lesson(given.text, lesson, context, rows * steps, whole)
+        lesson, run = given.out / f"told-{number}", given.out / f"taught-{number}"
+        if not (run / "model").exists():
+            write_lesson(given.text, lesson, context, rows * steps, whole)
         options = f"--text {lesson}.bin --context {context} --batch-size {rows} --steps {steps} {training}"
-        model = train(given.out / f"taught-{number}", f"finetune {model}", options)
+        model = train(run, f"finetune {model}", options)
     results = {}
     for name, options in FITS.items():
         folder = given.out / re.sub(r"\W+", "-", name)
@@ -80,6 +83,7 @@ def main() -> None:
         out = folder / "scores.json"
         make(out, f"eval {splats} --task passkey --text {given.eval_text} --context 512 --json {out}")
         found = json.loads(out.read_text(encoding="utf-8"))
+        found["state_bytes"] = state_bytes(read_config(splats / "config.json"))
         results[name] = {key: value for key, value in found.items() if key not in ("checkpoint", "text")}
         RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
