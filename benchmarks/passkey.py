@@ -48,7 +48,7 @@ everywhere. The last lesson is for answers that end shortly before the row does:
 the model said 88 % there and 8 % eight tokens before it.
 """
 SHORTEST = 40
-"""Tokens of a text with a number in a lesson."""
+"""Tokens of the shortest text with a number in a lesson."""
 DISTILL = "--steps 400 --batch-size 2 --optimizer.warmup-steps 20 --optimizer.splat-learning-rate 0.02"
 FITS = {
     "S = 64, W = 64": "--num-splats 64 --window 64 --kept 0 --importance norm",
@@ -103,14 +103,15 @@ def write_lesson(text: Path, out: Path, context: int, count: int, whole: float) 
     answers = items.keys[np.arange(len(lengths)), items.told]
     parts = []
     for at, length, prompt, key, depth in zip(starts, lengths, items.prompts, answers, items.depth, strict=True):
+        parts.append([start] if at else [])
+        if length < SHORTEST:
+            parts.append(prompt[1:length])
+            continue
         until = depth + asked + len(key) + remember
         before, told, after = prompt[1:depth], prompt[depth:until], prompt[until:-asked]
-        if length < SHORTEST:
-            parts += [[start] if at else [], prompt[1:length]]
-            continue
         without = context - length
         first = int(draws.integers(max(without - len(after), 0), min(without, len(before)) + 1))
-        parts += [[start] if at else [], before[first:], told, after[without - first :], prompt[-asked:], key]
+        parts += [before[first:], told, after[without - first :], prompt[-asked:], key]
     np.concatenate([[start], *parts]).astype(TOKEN_DTYPE).tofile(out.with_suffix(TOKEN_SUFFIX))
     texts = DOCUMENT_SEPARATOR.join(tokenizer.decode(prompt[1:].tolist()) for prompt in items.prompts[:200])
     out.with_suffix(".txt").write_text(texts, encoding="utf-8")
