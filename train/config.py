@@ -120,7 +120,8 @@ class TrainConfig:
     deterministic: bool = True
     """On a GPU: the same bits in each run, and after each restart, for more time; elsewhere that is so anyway."""
     attention_implementation: AttentionImplementation = "auto"
-    """What computes exact attention: a kernel of the platform in bfloat16 (splash on TPU, cudnn on NVIDIA), or XLA."""
+    """What computes exact attention: a kernel of the platform in bfloat16 (splash on TPU; cudnn on NVIDIA, with
+    --no-deterministic), or XLA."""
     eval_every: int = 500
     """Steps between two evaluations; the last step is always evaluated."""
     eval_documents: int = 50

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from gsa_jax.checkpoint import load_tensors
-from gsa_jax.config import GPTNeoConfig
+from gsa_jax.config import AttentionImplementation, GPTNeoConfig
 from gsa_jax.errors import InputError
 from gsa_jax.model import GPTNeoForCausalLM
 from gsa_jax.parameters import build_model, expected_shapes, extend_positions, is_splat, named_parameters
@@ -168,7 +168,7 @@ def _build(config: TrainConfig, model: GPTNeoConfig) -> Build:
         model,
         dtype=config.dtype,
         remat=config.remat,
-        attention_implementation=config.attention_implementation,
+        attention_implementation=_attention_implementation(config),
     )
     names = expected_shapes(model)
 
@@ -176,6 +176,13 @@ def _build(config: TrainConfig, model: GPTNeoConfig) -> Build:
         return build_model(model, {name: params[name] for name in names})
 
     return build
+
+
+def _attention_implementation(config: TrainConfig) -> AttentionImplementation:
+    """`auto`, where bits are to repeat on a GPU, is ours: there, cuDNN's backward pass holds a matrix of all scores."""
+    repeats_bits = config.deterministic and jax.default_backend() == "gpu"
+    asked = config.attention_implementation
+    return "xla" if repeats_bits and asked == "auto" else asked
 
 
 def _require_splats(checkpoint: Path, model: GPTNeoConfig) -> None:

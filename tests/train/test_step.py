@@ -17,8 +17,9 @@ import pytest
 
 from gsa_jax import SplatConfig
 from gsa_jax.train import loop
-from gsa_jax.train.config import Distill, Finetune, OptimizerConfig, TrainConfig
+from gsa_jax.train.config import Distill, Finetune, OptimizerConfig, Pretrain, TrainConfig
 from gsa_jax.train.optimizer import learning_rate, make_optimizer
+from gsa_jax.train.program import StepProgram
 from gsa_jax.train.recipes import Start, prepare
 from gsa_jax.train.step import State, init_state, make_step
 from helpers.tiny_checkpoints import SHAPE, tiny_checkpoint
@@ -279,3 +280,19 @@ def test_the_teacher_of_finetuning_stays_where_it_was(unchecked, plain):
     adam = OptimizerConfig(learning_rate=1e-2)
     _, _, reported = first_steps(config_for(Finetune, plain, optimizer=adam, teacher_weight=0.5))
     assert abs(reported[0]["divergence"]) < 1e-6 and reported[1]["divergence"] > 0.01
+
+
+def test_a_step_that_repeats_its_bits_on_a_gpu_does_not_ask_for_cudnn(story_neo, monkeypatch):
+    """JAX looks for cuDNN where there is a GPU, as this test says, and does not find it here."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def lower(**settings) -> str:
+        paths = {"out": Path("unused"), "text": Path("unused"), "tokenizer": story_neo}
+        config = Pretrain(**paths, dtype="bfloat16", context=64, **settings)
+        program = StepProgram(config, prepare(config), None, "gpu")
+        return program.step.trace(*program.arguments(2, 64)).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "cudnn" not in lower()
+    for settings in ({"deterministic": False}, {"attention_implementation": "cudnn"}):
+        with pytest.raises(RuntimeError, match="cuDNN"):
+            lower(**settings)
